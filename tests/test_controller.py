@@ -380,6 +380,17 @@ def test_a_state_of_another_number_of_groups_changes_nothing() -> None:
     assert controller.edge == 8.0
 
 
+@pytest.mark.parametrize("name", ["_checked", "actuators"])
+def test_a_state_that_lacks_a_part_changes_nothing(name: str) -> None:
+    plant = Plant()
+    controller = ef.SharpnessController(plant.op, plant.opt, 8.0)
+    state = controller.state_dict() | {"edge": 3.0}
+    del state[name]
+    with pytest.raises(ValueError, match=f"the state lacks {name}: it is no state of a Sharpness"):
+        controller.load_state_dict(state)
+    assert controller.edge == 8.0
+
+
 def test_what_other_code_sets_is_refused() -> None:
     plant = Plant()
     controller = ef.SharpnessController(plant.op, plant.opt, 8.0)

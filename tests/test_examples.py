@@ -158,7 +158,7 @@ def test_one_gradient_trains_every_method(tmp_path: Path) -> None:
     study = [sys.executable, str(EXAMPLES / "one_gradient"), str(tmp_path), "--short"]
     study += ["--problems", "gpt", "--processes", "1"]
     subprocess.run(study, check=True, capture_output=True)
-    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    runs = [json.loads(line) for line in (tmp_path / "short.jsonl").read_text().splitlines()]
     gradients = {run["method"]: run["gradients"] for run in runs if run["final"]}
     twice = {"usam": 2.0, "sam": 2.0, "late": 1.4, "every": 1.5}
     assert gradients == {method: twice.get(method, 1.0) for method in gradients}

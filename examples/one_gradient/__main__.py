@@ -26,6 +26,8 @@ from methods import METHODS
 from problems import PROBLEMS, Problem
 from training import train
 
+from eigenfilter.experiments.files import replace_text
+
 TUNING_SEED = 100  # the first seed of runs that choose lr; the others are 0, 1, ...
 
 Run = tuple[str, str, float, int, bool]
@@ -73,8 +75,8 @@ def execute(runs: Sequence[Run], file: Path, args: argparse.Namespace) -> None:
         ]
         for done, future in enumerate(as_completed(futures), 1):
             record = future.result()
-            with file.open("a") as out:
-                out.write(json.dumps(record) + "\n")
+            lines = [json.dumps(r) + "\n" for r in (*read(file), record)]
+            replace_text(file, "".join(lines))  # in one piece, whatever ends this process
             left = (time.monotonic() - start) / done * (len(runs) - done)
             print(f"{done}/{len(runs)}, {left / 60:.0f} min left: {_line(record)}", flush=True)
 
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="20 steps a run, to try the code")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    file = args.folder / "runs.jsonl"
+    file = args.folder / ("short.jsonl" if args.short else "runs.jsonl")
     chosen: list[Run] = []
     for name in args.problems:
         problem = PROBLEMS[name].short() if args.short else PROBLEMS[name]

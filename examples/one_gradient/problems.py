@@ -37,7 +37,10 @@ class Task(Protocol):
 
 
 class Images:
-    """Images from the training set of a data set, whose last images are kept for validation."""
+    """Images from the training set of a data set, whose last images are kept for validation.
+
+    `evaluated` of the images that are trained on give the training loss.
+    """
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class Images:
         name: str,
         build: Callable[[], nn.Module],
         samples: int,
+        evaluated: int,
         validation: int,
         augmentation: Augmentation,
         batch: int,
@@ -52,7 +56,7 @@ class Images:
         data = datasets.load(name, folder)
         kept = slice(len(data.images) - validation, None)
         self._parts = {
-            "training": (data.images[:samples], data.labels[:samples]),
+            "training": (data.images[:evaluated], data.labels[:evaluated]),
             "validation": (data.images[kept], data.labels[kept]),
             "test": (data.test_images, data.test_labels),
         }
@@ -264,11 +268,12 @@ PROBLEMS = {
             name="fashion",
             build=mlp,
             samples=50_000,
+            evaluated=50_000,
             validation=10_000,
             augmentation=Augmentation(),
             batch=128,
         ),
-        lrs=(0.005, 0.01, 0.02, 0.04, 0.08),
+        lrs=(0.0025, 0.005, 0.01, 0.02, 0.04),
         steps=3900,
         cosine=False,
         ahead=(0.25, 0.5, 1.0),
@@ -287,6 +292,7 @@ PROBLEMS = {
             name="cifar10",
             build=resnet,
             samples=20_000,
+            evaluated=5_000,
             validation=5_000,
             augmentation=Augmentation(crop=4, flip=True),
             batch=128,
@@ -299,14 +305,14 @@ PROBLEMS = {
         rho=0.1,
         sam_rho=0.1,
         msam_rho=0.4,
-        probe=512,
+        probe=256,
         seeds=3,
         tuning_seeds=1,
     ),
     "gpt": Problem(
         "Python's help, GPT over characters",
         partial(Text, batch=16, length=64, width=64, depth=2),
-        lrs=(0.05, 0.1, 0.2, 0.4),
+        lrs=(0.1, 0.2, 0.4, 0.8),
         steps=800,
         cosine=True,
         ahead=(0.1, 0.25, 0.5),

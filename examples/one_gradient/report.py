@@ -39,7 +39,9 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """The mean of at least one value; one alone has no error."""
+        """The mean, NaN of no value; one alone has no error."""
+        if not values:
+            return cls(math.nan, math.nan)
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return cls(statistics.fmean(values), error)
 
@@ -51,6 +53,8 @@ class Mean:
 def reduction(mine: Mean, sgd: Mean, usam: Mean) -> Mean:
     """The share of USAM's reduction of the sharpness below SGD's, errors propagated linearly."""
     whole = sgd.value - usam.value
+    if whole == 0:
+        return Mean(math.nan, math.nan)
     part = (sgd.value - mine.value) / whole
     terms = ((1 - part) * sgd.error, part * usam.error, mine.error)
     return Mean(part, math.hypot(*terms) / abs(whole))
@@ -82,7 +86,7 @@ def table(name: str, records: Sequence[Record]) -> str:
     def mean(method: str, get: Callable[[Record], float]) -> Mean:
         return Mean.of([get(r) for r in complete[method]])
 
-    has_statistics = "re-estimated accuracy" in records[0]
+    has_statistics = any("re-estimated accuracy" in r for r in records)
     head = ["method", "lr", "edge", "gradients", "seconds", "sharpness", "reduction, %"]
     head += ["test accuracy, %", "training loss", "averaged: sharpness", "its test accuracy, %"]
     head += ["re-estimated, %"] if has_statistics else []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from eigenfilter.optimizers.base import EigenfilterOptimizer
-from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
+from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer, at_x
 from eigenfilter.schedulers import RhoScheduler
 
+STATISTICS = 40  # batches from which batch-norm statistics are estimated
 POINTS = 6  # measurements of the sharpness in a run
 AVERAGED = 0.1  # the share of training over which the average of the weights reaches back
 
@@ -107,15 +107,9 @@ class Average:
         torch._foreach_copy_(self._params, self._means)
 
 
-@contextmanager
-def at_x(opt: EigenfilterOptimizer) -> Iterator[None]:
-    """A context in which the parameters are at x; an extrapolated optimizer keeps them ahead."""
-    if not isinstance(opt, ExtrapolatedOptimizer):
-        yield
-        return
-    opt.eval()
-    yield
-    opt.train()
+def is_finite(model: nn.Module) -> bool:
+    """Whether all weights are finite."""
+    return all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 class Measurement:
@@ -135,10 +129,14 @@ class Measurement:
         return result | {"test accuracy": self.accuracy("test")}
 
     def reestimate(self) -> bool:
-        """Estimate batch-norm statistics at the weights; False if the model has none."""
+        """Estimate batch-norm statistics at the weights; False if the model has none.
+
+        The batches are augmented as those of training: normalized otherwise, the network would be
+        another function than the one that was trained.
+        """
         if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._model.modules()):
             return False
-        torch.optim.swa_utils.update_bn(self._part("training"), self._model)
+        torch.optim.swa_utils.update_bn(islice(self._task.batches(0), STATISTICS), self._model)
         return True
 
     def _evaluate(self, name: str) -> tuple[float, float]:
@@ -191,12 +189,15 @@ def train(
         if rho_schedule is not None:
             rho_schedule.step()
         seconds += time.process_time() - start
-        if not math.isfinite(loss.item()):
+        is_point = step % (problem.steps // POINTS) == 0
+        if not math.isfinite(loss.item()) or (is_point and not is_finite(model)):
             return result | {"diverged": step}
         average.update()
-        if final and step % (problem.steps // POINTS) == 0:
+        if final and is_point:
             with at_x(opt):
                 result["path"].append([step, seconds, here.sharpness()])
+    if not is_finite(model):
+        return result | {"diverged": problem.steps}
     if isinstance(opt, ExtrapolatedOptimizer):
         opt.eval()
     result |= {"gradients": gradient.count / problem.steps, "seconds": seconds}

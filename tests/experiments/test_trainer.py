@@ -148,11 +148,22 @@ def test_an_extrapolated_network_is_evaluated_at_x() -> None:
     assert_same(before, [p.detach() for p in trainer.model.parameters()])
 
 
-def test_adamws_extrapolated_network_is_evaluated_at_x() -> None:
-    trainer = steps(4, optimizer="adamw", extrapolation=0.05, lr=0.01)
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"optimizer": "adamw", "extrapolation": 0.05, "lr": 0.01}, "extrapolation"),
+        ({"optimizer": "sgd", "extrapolation": 0.05, "lr": 0.01}, "extrapolation"),
+        ({"optimizer": "msam", "rho": 2.0, "lr": 0.01}, "rho"),
+    ],
+)
+def test_an_evaluation_is_at_x_and_changes_nothing(options: dict[str, Any], wanted: str) -> None:
+    """Not even where a controller or a schedule has just set another e, or another rho."""
+    trainer = steps(4, **options)
+    [group] = trainer.optimizer.param_groups
+    group[wanted] *= 3
+    before = copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict()))
     measured = trainer.evaluate()
-    assert_same(before, [p.detach() for p in trainer.model.parameters()])
+    assert_same(before, (trainer.model.state_dict(), trainer.optimizer.state_dict()))
     plain = steps(0, optimizer="sgd")
     plain.model.load_state_dict(trainer.model.state_dict())
     assert plain.evaluate() != measured

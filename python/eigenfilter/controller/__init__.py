@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eigenfilter import _distributed, filters
+from eigenfilter import filters
 from eigenfilter.certificate.linearized import Linearized, has_preconditioner, preconditioner
 from eigenfilter.controller._actuators import Actuator, Group, edge_at_zero, refuse_ascent
 from eigenfilter.curvature import CurvatureOperator
 from eigenfilter.curvature.operators.preconditioned import PreconditionedOperator
 from eigenfilter.monitor import SharpnessCheck, SharpnessMonitor, Writer
 from eigenfilter.optimizers import AdamW
-from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
-from eigenfilter.optimizers.updates import EXTRAPOLATED
+from eigenfilter.optimizers.extrapolation import at_x
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,7 +184,7 @@ class SharpnessController(SharpnessMonitor):
                 "AdamW has taken no step, and has no preconditioner by which the sharpness is "
                 "measured: check after its first step, or load its state before"
             )
-        with _at_x(self._optimizer):
+        with at_x(self._optimizer):
             check = super().check()
         self._checks, self._checked = self._checks + 1, self._steps
         self._correct(check.sharpness)
@@ -208,8 +206,15 @@ class SharpnessController(SharpnessMonitor):
         """Restore the state that `state_dict` returned. Load the optimizer's, too.
 
         Raises:
-            ValueError: the state belongs to another model, or to another number of groups.
+            ValueError: the state is not a controller's, or belongs to another model, or to another
+                number of groups. Nothing has changed.
         """
+        missing = [name for name in (*_STATE, "actuators") if name not in state_dict]
+        if missing:
+            raise ValueError(
+                f"the state lacks {', '.join(missing)}: it is no state of a SharpnessController, "
+                "or one of another version; start the control again without it"
+            )
         states = state_dict["actuators"]
         if len(states) != len(self._actuators):
             raise ValueError(
@@ -319,23 +324,3 @@ _STATE = (
     *("_correction", "_recent", "_interval", "_next", "_checks", "_checked"),
     *("edge", "saturated", "_has_warned"),
 )
-
-
-@contextmanager
-def _at_x(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """A context in which extrapolated parameters hold x; on exit they are y to the bit."""
-    groups = optimizer.param_groups
-    is_ahead = any(group.get(EXTRAPOLATED) for group in groups)
-    if not isinstance(optimizer, ExtrapolatedOptimizer) or not is_ahead:
-        yield
-        return
-    params = [_distributed.local(p).detach() for group in groups for p in group["params"]]
-    kept, marks = [p.clone() for p in params], [group[EXTRAPOLATED] for group in groups]
-    optimizer.eval()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(params, kept)
-        for group, mark in zip(groups, marks, strict=True):
-            group[EXTRAPOLATED] = mark

@@ -20,7 +20,7 @@ from eigenfilter.experiments.errors import UserError
 from eigenfilter.experiments.image_batches import Augmentation, Batches, Normalizer, in_order
 from eigenfilter.experiments.networks import build
 from eigenfilter.experiments.processes import SINGLE_PROCESS, Processes
-from eigenfilter.optimizers.extrapolation import ExtrapolatedOptimizer
+from eigenfilter.optimizers.extrapolation import at_x
 from eigenfilter.optimizers.hyperparameters import rho_key
 
 
@@ -200,24 +200,13 @@ class Trainer:
 
     @contextmanager
     def _evaluation_mode(self) -> Iterator[None]:
-        """A context in which the model is in evaluation mode, and at x if it is extrapolated.
-
-        On exit the weights are those of entry to the bit, which an evaluation must not change.
-        """
-        optimizer, kept = self.optimizer, list[Tensor]()
+        """A context in which the model is in evaluation mode, and at x if it is extrapolated."""
         self.model.eval()
-        groups = optimizer.param_groups
-        is_ahead = any(group.get("extrapolated") for group in groups)
-        if isinstance(optimizer, ExtrapolatedOptimizer) and is_ahead:
-            kept = [p.detach().clone() for p in self.model.parameters()]
-            optimizer.eval()
         try:
-            yield
+            with at_x(self.optimizer):
+                yield
         finally:
             self.model.train()
-            if isinstance(optimizer, ExtrapolatedOptimizer) and kept:
-                optimizer.train()
-                torch._foreach_copy_(list(self.model.parameters()), kept)
 
     def examples(self, samples: int) -> tuple[Tensor, Tensor]:
         """Return the first training images, normalized but not augmented, and their labels."""

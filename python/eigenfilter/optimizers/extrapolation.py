@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from eigenfilter import _distributed
 from eigenfilter.optimizers._step_state import retry_on_layout_change, through_owner
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.updates import EXTRAPOLATED, EXTRAPOLATION, ExtrapolatedUpdate
@@ -111,6 +114,30 @@ class ExtrapolatedOptimizer(EigenfilterOptimizer):
         self._buckets.refresh(self)
         self._update.extrapolate(self._buckets, wanted)
         self._buckets.store.snapshot_if_changed()
+
+
+@contextmanager
+def at_x(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A context in which the parameters hold x; on exit they are what they were, to the bit.
+
+    It is for measurements in the middle of training. `eval()` and `train()` go to the y that the
+    groups want by then, with a rounding each way; here a change of e that is yet to come stays so.
+    """
+    groups = optimizer.param_groups
+    key = optimizer._update.extrapolated_key if isinstance(optimizer, ExtrapolatedOptimizer) else ""
+    if not isinstance(optimizer, ExtrapolatedOptimizer) or not any(g[key] for g in groups):
+        yield
+        return
+    params = [_distributed.local(p).detach() for group in groups for p in group["params"]]
+    kept, marks = [p.clone() for p in params], [group[key] for group in groups]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(params, kept)
+        for group, mark in zip(groups, marks, strict=True):
+            group[key] = mark
 
 
 def _check_number(name: str, value: Any) -> None:
