@@ -51,6 +51,7 @@ REDUCTIONS = {"reduce.cu": ["test_norm.py", "test_wide_norms.py", "test_flag_non
 VECTORS = {
     "orthogonalize.cu": ["test_orthogonalize.py"],
     "lanczos.cu": ["test_lanczos_step.py", "test_cholesky_qr.py"],
+    "cross_entropy.cu": ["test_cross_entropy_hvp.py"],
 }
 HEADERS = {
     "update.cuh": UPDATES,
@@ -81,6 +82,7 @@ RACES = {
     "scalars.cuh": ["updates", "reductions"],
     "orthogonalize.cu": ["rows"],
     "lanczos.cu": ["rows"],
+    "cross_entropy.cu": ["rows"],
     "tiles.cuh": ["rows"],
 }
 ROUNDS = ("none", "address", "thread")  # the quick round is the first, and takes all mutants
