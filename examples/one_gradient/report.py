@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from methods import BETA, METHODS
+import torch
+from methods import METHODS
 from problems import PROBLEMS
+from torch.nn import Parameter
 
 import eigenfilter as ef
 
@@ -61,21 +63,11 @@ def reduction(mine: Mean, sgd: Mean, usam: Mean) -> Mean:
 
 
 def edge(problem: str, method: str, lr: float) -> float:
-    """The edge of a method's filter on full batches at the largest lr; NaN where it has none."""
-    p = PROBLEMS[problem]
-    if method in ("usam", "late", "every"):
-        return ef.filters.USAM(lr, BETA, rho=p.rho).max_eigenvalue()
-    if method in ("sam", "msam"):  # their edges move with a norm
+    """The edge of a method's filter on full batches at the largest lr; NaN if it needs a norm."""
+    if method in ("sam", "msam"):  # their edges move with the gradient's and the momentum's
         return math.nan
-    rate, beta, e = {
-        "effective": (lr / (1 - BETA), 0.0, 0.0),
-        "plus": (lr + p.ahead[1], 0.0, 0.0),
-        "nesterov": (lr, BETA, lr * BETA),
-        "back": (lr, BETA, -p.back),
-    }.get(method, (lr, BETA, 0.0))
-    if method.startswith("ahead"):
-        e = p.ahead[int(method[-1])]
-    return ef.filters.HeavyBall(rate, beta, extrapolation=e).max_eigenvalue()
+    opt = METHODS[method].build([Parameter(torch.zeros(1))], lr, PROBLEMS[problem])
+    return ef.filters.of(opt)[0].max_eigenvalue()
 
 
 def table(name: str, records: Sequence[Record]) -> str:
