@@ -9,8 +9,8 @@ numbers, code(p) for those of p's dtype, and |w| has the one code(p) 2^k + c, wh
 to nearest, ties away from zero. The rounding of a float32 to w errs by at most
 
                         bfloat16, 8 bits   bfloat16, 16 bits   float16, 8 bits   float16, 16 bits
-    |w| >= 2^-14        2^-17 |w|          0                   2^-20 |w|         0
-    smaller             2^-17 |w|, 2^-142  0                   2^-33             2^-41
+    |w| >= 2^-14        2^-16 |w|          0                   2^-19 |w|         0
+    smaller             2^-16 |w|, 2^-142  0                   2^-33             2^-41
 
 (2^-142 below float32's least normal number; float16 with 16 bits is exact from 2^-17 on).
 
@@ -139,10 +139,7 @@ def encode(value: Tensor, codes: torch.dtype, step: int | None = None) -> tuple[
         index = torch.arange(flat.numel(), device=value.device)
         word = (index + step) * _GOLDEN & 0xFFFFFFFF
         q = (root + (word >> 16) * 2.0**-16).floor()
-    if is_root:
-        q = torch.where(flat > 0, q.clamp(min=1), q)
-    else:
-        q = torch.where(flat < 0, -q, q)
+    q = torch.where(flat > 0, q.clamp(min=1), q) if is_root else torch.where(flat < 0, -q, q)
     return _like(q.to(codes), value), scale
 
 

@@ -1,4 +1,4 @@
-"""Formats of what an optimizer keeps: corrections of 16-bit parameters, and states of fewer bits."""
+"""Formats of an optimizer's state: corrections of 16-bit parameters, and states of fewer bits."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ class Formats:
         return buffer
 
     def _fit_codes(self, key: str, p: Tensor, entry: dict[str, Any], dtype: torch.dtype) -> Tensor:
-        buffer, scale = entry[key], entry.get(scale_key(key))
+        buffer: Tensor = entry[key]
+        scale: Tensor | None = entry.get(scale_key(key))
         local = _distributed.local(p)
         if buffer.dtype == dtype and scale is not None:
             own = _distributed.local(buffer)
@@ -145,7 +146,8 @@ def set_apart(
         if number in saved:
             rest[number] = {key: value for key, value in entry.items() if key not in own}
         copies = {key: entry[key].to(p.device, copy=True) for key in own if key in entry}
-        apart.append((p, copies))
+        if copies:
+            apart.append((p, copies))
     return state_dict | {"state": rest}, apart
 
 
