@@ -7,11 +7,10 @@
 
 namespace eigenfilter {
 
-// Whole numbers below 2^23 are all there is of 23 bits: the sum rounds to nearest, ties to even.
+// A number from 0 to 2^23 to nearest, ties to even: floats from 2^23 on are whole numbers.
 template <class V>
 EIGENFILTER_RULE V round_to_whole(V v) {
-    const V whole = (v + 0x1p23f) - 0x1p23f;
-    return v < 0x1p23f ? whole : v;
+    return (v + 0x1p23f) - 0x1p23f;
 }
 
 // A master weight is a number of a dtype like the parameters', with Bits more in its mantissa. Its
@@ -62,7 +61,8 @@ struct Master {
         if constexpr (kIsHalf) {
             // float16 ends below 2^16, whose magnitudes would not fit 32 bits
             const V small = same_bits<V>(size < 0x38800000u ? size : U{});
-            const V units = round_to_whole(small * static_cast<float>(1ull << kUnits));
+            const V exact = small * static_cast<float>(1ull << kUnits);
+            const V units = exact < 0x1p23f ? round_to_whole(exact) : exact;
             magnitude = size < 0x38800000u   ? truncate(units)
                         : size < 0x47800000u ? magnitude
                                              : most;
@@ -109,16 +109,16 @@ struct FirstMoment : Quantizer<127> {
 
     template <class V>
     static EIGENFILTER_RULE V magnitude(V m) {
-        return m < 0.0f ? -m : m;
+        return absolute(m);
     }
     template <class V>
     static EIGENFILTER_RULE V decode(V q, float scale) {
-        return value(q < 0.0f ? -(q * q) : q * q, scale);
+        return value(q * absolute(q), scale);
     }
     template <class V, class U>
     EIGENFILTER_RULE V encode(V m, V magnitude, U) const {
         const V q = round_to_whole(root(magnitude));
-        return m < 0.0f ? -q : q;
+        return with_sign_of(q, m) + 0.0f;  // not -0, which codes do not have
     }
 };
 
@@ -131,7 +131,7 @@ struct SecondMoment : Quantizer<255> {
 
     template <class V>
     static EIGENFILTER_RULE V magnitude(V v) {
-        return square_root(v);
+        return absolute(square_root(v));
     }
     template <class V>
     static EIGENFILTER_RULE V decode(V q, float scale) {

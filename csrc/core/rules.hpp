@@ -31,6 +31,8 @@ EIGENFILTER_RULE double power(double base, double exponent) {
 
 EIGENFILTER_RULE float square_root(float v) { return sqrtf(v); }
 EIGENFILTER_RULE double square_root(double v) { return sqrt(v); }
+EIGENFILTER_RULE float absolute(float v) { return fabsf(v); }
+EIGENFILTER_RULE float with_sign_of(float v, float sign) { return copysignf(v, sign); }
 
 // An update is described by the struct of its scalars, which are doubles for the CPU and Scalars
 // for a GPU. Results of one with a rounding_seed may be rounded stochastically. Its rule is made

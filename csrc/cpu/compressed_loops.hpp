@@ -11,38 +11,40 @@ namespace {
 
 constexpr int kFloats = kLanes<Native<float>>;
 
-// A group's elements as floats, zeros where there are none.
-struct alignas(kRegisterBytes) Group {
-    float v[kGroup];
+// Some groups at once, as floats: what is chosen by the lists' dtypes is chosen for all of them.
+constexpr int kTile = 8 * kGroup;
+struct alignas(kRegisterBytes) Tile {
+    float v[kTile];
 
     Floats at(int i) const { return load<Floats>(v + i); }
     void put(int i, Floats values) { store(v + i, values); }
 };
 
-// Calls body(i) for the first element of each vector of a group.
+// Calls body(i) for the first element of each vector that has one of `count` elements.
 template <class Body>
-EIGENFILTER_INLINE void each_vector(Body body) {
-    for (int i = 0; i < kGroup; i += kFloats) body(i);
+EIGENFILTER_INLINE void each_vector(int count, Body body) {
+    for (int i = 0; i < count; i += kFloats) body(i);
 }
 
-// The first elements of a group in memory: body(i, raw) takes those of a vector as they lie there,
-// and body(i) returns them.
+// Elements in memory: body(i, raw) takes a vector of them as they lie there, zeros where there are
+// none, and body(i) returns one.
 template <class Bits, class Body>
 EIGENFILTER_INLINE void read_raw(const Bits* from, int count, Body body) {
-    Bits padded[kGroup];
-    if (count < kGroup) {
-        std::memset(padded, 0, sizeof padded);
-        std::memcpy(padded, from, count * sizeof(Bits));
-        from = padded;
-    }
-    each_vector([&](int i) { body(i, load<Vec<Bits, kFloats>>(from + i)); });
+    using Raw = Vec<Bits, kFloats>;
+    const int whole = count - count % kFloats;
+    each_vector(whole, [&](int i) { body(i, load<Raw>(from + i)); });
+    if (whole == count) return;
+    Raw last{};
+    std::memcpy(&last, from + whole, (count - whole) * sizeof(Bits));
+    body(whole, last);
 }
 template <class Bits, class Body>
 EIGENFILTER_INLINE void write_raw(Bits* to, int count, Body body) {
-    Bits padded[kGroup];
-    Bits* const p = count < kGroup ? padded : to;
-    each_vector([&](int i) { store<Vec<Bits, kFloats>>(p + i, body(i)); });
-    if (count < kGroup) std::memcpy(to, padded, count * sizeof(Bits));
+    const int whole = count - count % kFloats;
+    each_vector(whole, [&](int i) { store<Vec<Bits, kFloats>>(to + i, body(i)); });
+    if (whole == count) return;
+    const Vec<Bits, kFloats> last = body(whole);
+    std::memcpy(to + whole, &last, (count - whole) * sizeof(Bits));
 }
 
 // Calls call(storage) for dtypes that are computed with in float.
@@ -54,14 +56,14 @@ EIGENFILTER_INLINE void by_float_dtype(DType dtype, Call call) {
         by_narrow_dtype(dtype, call);
 }
 
-// Where the elements of a group lie in a list of a dtype.
+// Where elements lie in a list of a dtype.
 template <class Bits>
 Bits* at(const Stretch& r, void* const* list, std::int64_t i) {
     return r.at<Bits>(list) + i;
 }
 
 void read_floats(const Stretch& r, DType dtype, void* const* list, std::int64_t i, int count,
-                 Group& out) {
+                 Tile& out) {
     by_float_dtype(dtype, [&](auto storage) {
         using Storage = decltype(storage);
         read_raw(at<const typename Storage::Bits>(r, list, i), count,
@@ -79,6 +81,18 @@ EIGENFILTER_INLINE auto rounded_float(const Rounding& rounding, Floats v, Output
         return rounded<Storage>(rounding, v, output, i);
 }
 
+template <int L>
+EIGENFILTER_INLINE std::uint32_t largest_of(Vec<std::uint32_t, L> v) {
+    if constexpr (L == 1) {
+        return v[0];
+    } else {
+        Vec<std::uint32_t, L / 2> halves[2];
+        static_assert(sizeof halves == sizeof v);
+        std::memcpy(halves, &v, sizeof v);
+        return largest_of<L / 2>(halves[0] > halves[1] ? halves[0] : halves[1]);
+    }
+}
+
 // A state of the step: its list, the scales of its codes, and what it is among the results.
 template <class Moment, class Code, Output Which>
 struct State {
@@ -88,54 +102,63 @@ struct State {
         return static_cast<float*>(scales[r.i]) + (r.first + i) / kGroup;
     }
 
-    void read(const Stretch& r, std::int64_t i, int count, Group& out) const {
+    void read(const Stretch& r, std::int64_t i, int count, Tile& out) const {
         if (scales == nullptr) return read_floats(r, r.t.state, list, i, count, out);
-        const float s = *scale(r, i);
-        read_raw(at<const Code>(r, list, i), count, [&](int k, auto raw) {
-            const auto whole = __builtin_convertvector(raw, Integers);
-            out.put(k, Moment::decode(__builtin_convertvector(whole, Floats), s));
-        });
+        for (int first = 0; first < count; first += kGroup) {
+            const float s = *scale(r, i + first);
+            const int n = in_group(first, count);
+            read_raw(at<const Code>(r, list, i + first), n, [&](int k, auto raw) {
+                const Integers whole = widen_whole<Code, kFloats>(raw);
+                out.put(first + k, Moment::decode(__builtin_convertvector(whole, Floats), s));
+            });
+        }
     }
 
-    // Writes a group, whose elements become what they are when they are read again.
+    // Writes elements, which become what they are when they are read again.
     template <class Rounding>
     void write(const Stretch& r, const Rounding& rounding, std::uint32_t step, std::int64_t i,
-               int count, Group& group) const {
-        if (scales != nullptr) return quantize(r, step, i, count, group);
+               int count, Tile& tile) const {
+        if (scales != nullptr) return quantize(r, step, i, count, tile);
         by_float_dtype(r.t.state, [&](auto storage) {
             using Storage = decltype(storage);
             write_raw(at<typename Storage::Bits>(r, list, i), count, [&](int k) {
-                const auto raw = rounded_float<Storage>(rounding, group.at(k), Which, i + k);
-                group.put(k, Storage::template widen<kFloats>(raw));
+                const auto raw = rounded_float<Storage>(rounding, tile.at(k), Which, i + k);
+                tile.put(k, Storage::template widen<kFloats>(raw));
                 return raw;
             });
         });
     }
 
  private:
+    static int in_group(int first, int count) {
+        return std::min(static_cast<int>(kGroup), count - first);
+    }
+
     void quantize(const Stretch& r, std::uint32_t step, std::int64_t i, int count,
-                  Group& group) const {
-        std::memset(group.v + count, 0, (kGroup - count) * sizeof(float));
-        Group magnitudes;
-        Words largest{};
-        each_vector([&](int k) {
-            const Floats magnitude = Moment::magnitude(group.at(k));
-            const Words bits = (Words)magnitude & 0x7fffffffu;
-            magnitudes.put(k, magnitude);
-            largest = bits > largest ? bits : largest;
-        });
-        std::uint32_t most = 0;
-        for (int lane = 0; lane < kFloats; ++lane)
-            most = largest[lane] > most ? largest[lane] : most;
-        const Moment moment(most);
-        *scale(r, i) = moment.scale;
-        write_raw(at<Code>(r, list, i), count, [&](int k) {
-            const Words word = word_of(step, index_of<kFloats>(r.first + i + k));
-            const Floats q = moment.encode(group.at(k), magnitudes.at(k), word);
-            group.put(k, Moment::decode(q, moment.scale));
-            return __builtin_convertvector(__builtin_convertvector(q, Integers),
-                                           Vec<Code, kFloats>);
-        });
+                  Tile& tile) const {
+        if (count % kFloats != 0)
+            std::memset(tile.v + count, 0, (kFloats - count % kFloats) * sizeof(float));
+        for (int first = 0; first < count; first += kGroup) {
+            const int n = in_group(first, count);
+            float* const values = tile.v + first;
+            alignas(kRegisterBytes) float magnitudes[kGroup];
+            Words largest{};
+            each_vector(n, [&](int k) {
+                const Floats magnitude = Moment::magnitude(load<Floats>(values + k));
+                const Words bits = (Words)magnitude;
+                store(magnitudes + k, magnitude);
+                largest = bits > largest ? bits : largest;
+            });
+            const Moment moment(largest_of<kFloats>(largest));
+            *scale(r, i + first) = moment.scale;
+            write_raw(at<Code>(r, list, i + first), n, [&](int k) {
+                const Words word = word_of(step, index_of<kFloats>(r.first + i + first + k));
+                const Floats q =
+                    moment.encode(load<Floats>(values + k), load<Floats>(magnitudes + k), word);
+                store(values + k, Moment::decode(q, moment.scale));
+                return narrow_whole<Code, kFloats>(__builtin_convertvector(q, Integers));
+            });
+        }
     }
 };
 
@@ -151,15 +174,15 @@ EIGENFILTER_INLINE void by_correction(const Tensors& t, Call call) {
     });
 }
 
-void read_params(const Stretch& r, std::int64_t i, int count, Group& out) {
+void read_params(const Stretch& r, std::int64_t i, int count, Tile& out) {
     const Tensors& t = r.t;
     void* const* const from = t.b != nullptr ? t.b : t.x;
     if (t.c == nullptr) return read_floats(r, t.dtype, from, i, count, out);
     by_correction(t, [&](auto master, auto correction) {
         using Correction = decltype(correction);
-        Group corrections;
+        Tile corrections;
         read_raw(at<const Correction>(r, t.c, i), count, [&](int k, auto raw) {
-            corrections.put(k, (Floats) __builtin_convertvector(raw, Integers));
+            corrections.put(k, (Floats)widen_whole<Correction, kFloats>(raw));
         });
         read_raw(at<const std::uint16_t>(r, from, i), count, [&](int k, auto raw) {
             const Words param = __builtin_convertvector(raw, Words);
@@ -170,7 +193,7 @@ void read_params(const Stretch& r, std::int64_t i, int count, Group& out) {
 
 template <class Rounding>
 void write_params(const Stretch& r, const Rounding& rounding, std::int64_t i, int count,
-                  const Group& x) {
+                  const Tile& x) {
     const Tensors& t = r.t;
     if (t.c == nullptr) {
         by_float_dtype(t.dtype, [&](auto storage) {
@@ -183,7 +206,7 @@ void write_params(const Stretch& r, const Rounding& rounding, std::int64_t i, in
     }
     by_correction(t, [&](auto master, auto correction) {
         using Correction = decltype(correction);
-        Group corrections;
+        Tile corrections;
         write_raw(at<std::uint16_t>(r, t.x, i), count, [&](int k) {
             Words param, rest;
             master.split(x.at(k), param, rest);
@@ -191,7 +214,7 @@ void write_params(const Stretch& r, const Rounding& rounding, std::int64_t i, in
             return __builtin_convertvector(param, Vec<std::uint16_t, kFloats>);
         });
         write_raw(at<Correction>(r, t.c, i), count, [&](int k) {
-            return __builtin_convertvector((Integers)corrections.at(k), Vec<Correction, kFloats>);
+            return narrow_whole<Correction, kFloats>((Integers)corrections.at(k));
         });
     });
 }
@@ -201,20 +224,20 @@ template <class Rule, class Rounding, int... S, class... States>
 void compressed_update(const Stretch& r, const Rule& rule, const Rounding& rounding,
                        std::uint32_t step, std::integer_sequence<int, S...>,
                        const States&... states) {
-    for (std::int64_t i = 0; i < r.count; i += kGroup) {
-        const int count = static_cast<int>(std::min(kGroup, r.count - i));
-        Group x, g, before[sizeof...(S) + 1], after[sizeof...(S) + 1];
+    for (std::int64_t i = 0; i < r.count; i += kTile) {
+        const int count = static_cast<int>(std::min<std::int64_t>(kTile, r.count - i));
+        Tile x, g, before[sizeof...(S) + 1], after[sizeof...(S) + 1];
         read_params(r, i, count, x);
         read_floats(r, r.t.gradient(r.i), r.t.g, i, count, g);
         (states.read(r, i, count, before[S]), ...);
-        each_vector([&](int k) {
+        each_vector(count, [&](int k) {
             [[maybe_unused]] Floats state[] = {before[S].at(k)..., {}};
             x.put(k, rule(x.at(k), g.at(k), state[S]...));
             (after[S].put(k, state[S]), ...);
         });
         if constexpr (sizeof...(S) > 0) {
             (states.write(r, rounding, step, i, count, after[S]), ...);
-            each_vector([&](int k) {
+            each_vector(count, [&](int k) {
                 const Floats old[] = {before[S].at(k)...}, stored[] = {after[S].at(k)...};
                 x.put(k, rule.finish(x.at(k), old, stored));
             });
