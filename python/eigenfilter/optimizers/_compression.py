@@ -139,6 +139,7 @@ def set_apart(
     own = () if formats.are_usual else (*states, *formats.keys(states))
     for number, p in zip(ids, params, strict=True):
         entry = saved.get(number, {})
+        _refuse_other_shards(p, entry)
         if formats.state_bits != 8:
             entry = expanded_entry(entry)
         if formats.correction(p) is None:
@@ -149,6 +150,18 @@ def set_apart(
         if copies:
             apart.append((p, copies))
     return state_dict | {"state": rest}, apart
+
+
+def _refuse_other_shards(p: Tensor, entry: Mapping[str, Any]) -> None:
+    """Raise ValueError for codes of a shard that is not the parameter's."""
+    shape = _distributed.local(p).shape
+    for key, value in entry.items():
+        if scale_key(key) in entry and _distributed.local(value).shape != shape:
+            raise ValueError(
+                f"{key} holds the codes of a tensor {tuple(_distributed.local(value).shape)}, and "
+                f"this rank's part of its parameter is {tuple(shape)}: a compressed_state_dict() "
+                "belongs to the sharding that it was saved with; save and load state_dict()"
+            )
 
 
 def master_weight(p: Tensor, entry: Mapping[str, Any]) -> Tensor:
