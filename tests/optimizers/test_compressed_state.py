@@ -26,6 +26,7 @@ OPTIMIZERS: dict[str, Any] = {
     "usam": lambda params, **kw: ef.USAM(params, lr=0.1, momentum=0.9, rho=0.05, **kw),
     "sam": lambda params, **kw: ef.SAM(params, lr=0.1, momentum=0.9, rho=0.05, **kw),
     "two-step": lambda params, **kw: ef.TwoStepUSAM(params, lr=0.1, momentum=0.9, rho=0.05, **kw),
+    "hessian": lambda params, **kw: ef.HessianUSAM(params, lr=0.1, momentum=0.9, rho=0.01, **kw),
     "adamw": lambda params, **kw: ef.AdamW(params, lr=0.02, **kw),
     "adamw ahead": lambda params, **kw: ef.AdamW(params, lr=0.02, extrapolation=0.01, **kw),
     "adamw usam": lambda params, **kw: ef.AdamW(params, lr=0.02, rho=0.05, **kw),

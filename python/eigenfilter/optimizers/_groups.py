@@ -342,7 +342,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         shapes = [tuple(w.shape) for w in weights]
         if shapes != [tuple(p.shape) for p in params]:
             raise ValueError(
-                f"there are {len(params)} parameters, and {len(weights)} weights, of shapes that "
+                f"there are {len(params)} parameters and {len(weights)} weights, of shapes that "
                 "are not theirs: pass a tensor for every parameter, in the order of the groups"
             )
         self._corrections()
