@@ -154,7 +154,7 @@ void TensorArgs::require_compressible() const {
         scales = std::find_if(scales + 1, roles_.end(), is_scales);
     }
     const auto is_double = std::find(wide_.begin(), wide_.end(), DType::f64);
-    const bool is_compressed = state_.value_or(dtype_) != dtype_ || correction_ != DType::f32;
+    const bool is_compressed = state_.value_or(dtype_) != dtype_ || correction_.has_value();
     if (is_double != wide_.end() && is_compressed)
         fail(PyExc_TypeError,
              Name{first_gradients(roles_.size())->name, is_double - wide_.begin()}() +
@@ -273,9 +273,9 @@ bool TensorArgs::takes(DType dtype, size_t r, size_t i) {
 
 bool TensorArgs::takes_compressed(DType dtype, const Role& role) {
     if (role.has(kCorrections)) {
-        const bool is_first = correction_ == DType::f32 && size_of(dtype_) == 2;
-        if (is_first && (dtype == DType::i8 || dtype == DType::i16)) correction_ = dtype;
-        return dtype == correction_;
+        const bool is_one = dtype == DType::i8 || dtype == DType::i16;
+        if (!correction_ && is_one && size_of(dtype_) == 2) correction_ = dtype;
+        return correction_ == dtype;
     }
     if (!state_) {
         const bool is_known = dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::i8;

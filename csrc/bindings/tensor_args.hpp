@@ -68,7 +68,12 @@ class TensorArgs {
     }
     // What a kernel is given, with no lists yet.
     Tensors tensors() const {
-        return {dtype_, size(), numel_.data(), wide(), state_.value_or(dtype_), correction_};
+        return {dtype_,
+                size(),
+                numel_.data(),
+                wide(),
+                state_.value_or(dtype_),
+                correction_.value_or(DType::i8)};
     }
     // The shape of the first role's tensor, where that is no list.
     const Shape& shape() const { return shape_; }
@@ -133,7 +138,7 @@ class TensorArgs {
                       std::size_t r, std::size_t i);
     DType expected(const Role& role, std::size_t i) const {
         if (role.has(kScales)) return DType::f32;
-        if (role.has(kCorrections)) return correction_;
+        if (role.has(kCorrections)) return *correction_;
         if (role.has(kState)) return state_of(role);
         return role.has(kGradients) && !wide_.empty() ? wide_[i] : dtype_;
     }
@@ -151,8 +156,8 @@ class TensorArgs {
 
     Borrowing borrowing_;
     DType dtype_{};
-    std::optional<DType> state_;  // of states, where there are any
-    DType correction_{};          // of corrections
+    std::optional<DType> state_;       // of states, where there are any
+    std::optional<DType> correction_;  // of corrections
     dlpack::Device device_{};
     Shape shape_;
     const dlpack::ExchangeApi* api_ = nullptr;
