@@ -24,6 +24,7 @@ from torch.nn import Parameter
 import eigenfilter as ef
 from benchmarks import environment, report
 from benchmarks.environment import subprocess_environment
+from benchmarks.peers import eight_bit
 from benchmarks.peers.common_sam import CommonSAM
 from eigenfilter import filters
 from eigenfilter.optimizers import registry
@@ -56,6 +57,26 @@ def _library() -> dict[str, Row]:
     return rows
 
 
+COMPRESSED: dict[str, Any] = {"master_weight_bits": 24, "state_bits": 8}
+
+
+def _compressed() -> dict[str, Row]:
+    """bfloat16 weights with masters of 24 bits, states of 8 bits."""
+    options: dict[str, tuple[Any, dict[str, Any]]] = {
+        "SGD": (ef.SGD, SGD),
+        "USAM": (ef.USAM, USAM),
+        "AdamW": (ef.AdamW, {}),
+        "AdamW, method USAM": (ef.AdamW, {"rho": 0.05}),
+    }
+    rows = {}
+    for name, (cls, own) in options.items():
+        make = functools.partial(cls, **own, **COMPRESSED)
+        label = f"{name}, 24-bit weights, 8-bit state"
+        rows[label] = Row(make, torch.bfloat16)
+        rows[f"{label}, released"] = _released(cls, torch.bfloat16, **own, **COMPRESSED)
+    return rows
+
+
 def _released(cls: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Row:
     return Row(functools.partial(cls, **options, release_gradients=True), dtype)
 
@@ -84,6 +105,9 @@ OPTIMIZERS: dict[str, Row] = {
     "AdamW, gradients released": _released(ef.AdamW),
     "AdamW, method SAM": Row(lambda p: ef.AdamW(p, method="sam", rho=0.05)),
     "AdamW, method USAM, gradients released": _released(ef.AdamW, method="usam", rho=0.05),
+    "AdamW, bfloat16": Row(lambda p: ef.AdamW(p), torch.bfloat16),
+    **_compressed(),
+    **{name: Row(make, torch.bfloat16) for name, make in eight_bit.OPTIMIZERS.items()},
 }
 
 

@@ -32,13 +32,13 @@ class Method:
     """An optimizer of the library and its peers.
 
     Attributes:
-        make: makes the library's optimizer from parameters and a backend.
+        make: makes the library's optimizer from parameters, a backend, and further options.
         base: the peers' module with the base optimizer: its settings and implementations.
         name: name of the method of ascent, as the peers take it; "" for none.
         perturbation: the ascents of the method.
     """
 
-    make: Callable[[list[Parameter], str], EigenfilterOptimizer]
+    make: Callable[..., EigenfilterOptimizer]
     base: Any
     name: str = ""
     perturbation: Perturbation = field(default_factory=Perturbation)

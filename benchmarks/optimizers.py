@@ -17,10 +17,11 @@ from benchmarks.comparison import (
     Contender,
     Goal,
     Phase,
+    Reference,
     Setting,
     copy_reference,
 )
-from benchmarks.methods import METHODS, Method, OptimizerFactory
+from benchmarks.methods import LR, METHODS, Method, OptimizerFactory
 from benchmarks.peers.common_sam import FD_STEP
 from benchmarks.shapes import Shape, TensorProblem, set_gradients
 
@@ -124,7 +125,52 @@ def _benchmark(method: str, model: str) -> Benchmark:
     )
 
 
+def compressed(update: str, problem: TensorProblem, setting: Setting) -> Comparison:
+    """A step of bfloat16 weights with masters of 24 bits and states of 8, beside float32's.
+
+    The peer is the same step in plain PyTorch, the references those of float32 tensors.
+    """
+    method = METHODS[update]
+    gradients = [problem.tensors(1)]
+
+    def make(backend: str) -> OptimizerFactory:
+        return lambda p: method.make(p, backend, master_weight_bits=24, state_bits=8)
+
+    def contender(name: str, factory: OptimizerFactory, dtype: torch.dtype) -> Contender:
+        own = TensorProblem(problem.shapes, problem.device, dtype)
+        params, given = own.parameters(), [[g.to(dtype) for g in gradients[0]]]
+        opt = factory(params)
+        return _contender(name, params, given, method.actions(opt), opt)
+
+    wide = {
+        "float32": lambda p: method.make(p, setting.backend),
+        "torch fused": lambda p: method.base.fused(p, LR),
+    }
+    return Comparison(
+        contender("eigenfilter", make(setting.backend), problem.dtype),
+        (contender("PyTorch", make("reference"), problem.dtype),),
+        tuple(Reference(contender(name, of, torch.float32)) for name, of in wide.items()),
+        TOLERANCES[problem.dtype],
+    )
+
+
+def _compressed_model(update: str, model: str, setting: Setting) -> Comparison:
+    shapes_on = MODELS[model][1]
+    problem = TensorProblem(shapes_on(setting.device), setting.device, torch.bfloat16)
+    return compressed(update, problem, setting)
+
+
 BENCHMARKS = (
+    *(
+        Benchmark(
+            f"{update}-compressed-{model}",
+            f"{update} step, 24-bit weights and 8-bit state, {MODELS[model][0]}",
+            functools.partial(_compressed_model, update, model),
+            {"cpu": (Goal("PyTorch", 5.0),), "cuda": (Goal("torch fused", 1.0),)},
+        )
+        for update in ("sgd", "adamw")
+        for model in ("resnet18", "gpt2")
+    ),
     *(
         _benchmark(method, model)
         for model in MODELS

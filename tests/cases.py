@@ -64,7 +64,7 @@ SCALE = 3.3  # no power of two: dividing by it rounds, and multiplying by 1 / it
 
 MARGIN = 32  # elements before and after every tensor of an Arena
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)

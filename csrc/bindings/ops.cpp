@@ -290,6 +290,7 @@ void register_ops(py::module_& module) {
     module.attr("cuda_compiled") = cuda::compiled();
     module.attr("cuda_architectures") = cuda_architectures();
     module.attr("cuda_device_type") = kCudaDeviceType;
+    module.attr("group_size") = kGroup;
     module.attr("most_rows") = kMostRows;
     module.attr("most_vectors") = kMostVectors;
     module.attr("most_softmax_rows") = CrossEntropyHvp::kMost;

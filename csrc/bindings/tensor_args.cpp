@@ -42,12 +42,19 @@ std::string describe_layout(const dlpack::Tensor& t) {
            ")";
 }
 
-// Whether the kernels have a dtype, and which.
+// Whether the kernels have a dtype of floats, and which.
 bool dtype_of(const dlpack::DataType& t, DType& out) {
     const bool is_float = t.code == dlpack::kFloat, is_half = t.bits == 16;
     out = is_half ? is_float ? DType::f16 : DType::bf16 : t.bits == 64 ? DType::f64 : DType::f32;
     return t.lanes == 1 && (is_float || (t.code == dlpack::kBfloat && is_half)) &&
            t.bits == 8 * size_of(out);
+}
+
+// Whether the kernels have a dtype of whole numbers, and which.
+bool whole_dtype_of(const dlpack::DataType& t, DType& out) {
+    out = t.code == dlpack::kUInt ? DType::u8 : t.bits == 16 ? DType::i16 : DType::i8;
+    return t.lanes == 1 && t.bits == 8 * size_of(out) &&
+           (t.code == dlpack::kInt || t.code == dlpack::kUInt);
 }
 
 DType require_dtype(const dlpack::Tensor& t, const Name& name) {
@@ -125,7 +132,34 @@ TensorArgs::TensorArgs(std::vector<Role> roles)
     for (size_t r = 0; r < roles_.size(); ++r) {
         if (!roles_[r].list.is_none() || !roles_[r].has(kOptional)) read_role(r, first);
     }
+    require_compressible();
     require_unchanged();
+}
+
+void TensorArgs::require_compressible() const {
+    const auto is_scales = [](const Role& role) { return role.has(kScales); };
+    auto scales = std::find_if(roles_.begin(), roles_.end(), is_scales);
+    if (scales == roles_.end()) return;  // no list of these roles is compressed
+    for (const Role& role : roles_) {
+        if (!role.has(kState)) continue;
+        const std::string codes = role.name;
+        const bool has_codes = !role.list.is_none() && *state_ == DType::i8;
+        if (has_codes && scales->list.is_none())
+            fail(PyExc_ValueError, codes + " are codes of 8 bits, and there are no " +
+                                       scales->name + ": pass a float32 tensor [ceil(numel / " +
+                                       std::to_string(kGroup) + ")] for each");
+        if (!has_codes && !scales->list.is_none())
+            fail(PyExc_ValueError, std::string(scales->name) + " go with " + codes +
+                                       " of 8 bits: pass None, or codes");
+        scales = std::find_if(scales + 1, roles_.end(), is_scales);
+    }
+    const auto is_double = std::find(wide_.begin(), wide_.end(), DType::f64);
+    const bool is_compressed = state_.value_or(dtype_) != dtype_ || correction_.has_value();
+    if (is_double != wide_.end() && is_compressed)
+        fail(PyExc_TypeError,
+             Name{first_gradients(roles_.size())->name, is_double - wide_.begin()}() +
+                 " is float64: a step of compressed tensors reads gradients of the parameters' "
+                 "dtype or float32: convert it with .to()");
 }
 
 py::tuple TensorArgs::items_of_role(const Role& role, std::shared_ptr<std::vector<void*>>& known) {
@@ -164,17 +198,31 @@ void TensorArgs::read_role(size_t r, std::vector<dlpack::Tensor>& first) {
             check_first(t, name);
             first.push_back(t);
             numel_[i] = count(t);
-        } else if (!same_layout(t, first[i])) {
-            const std::string model = roles_[0].at(i)();
-            fail(layout_error, name() + " has " + describe_layout(t) + ", " + model + " has " +
-                                   describe_layout(first[i]) +
-                                   (role.has(kOneTensor) ? ": pass vectors of one shape"
-                                                         : ": pass torch.empty_like(" + model +
-                                                               ").copy_(" + name() + ")"));
+        } else {
+            check_layout(t, first[i], name, r, i);
         }
         data_[r].push_back(t.data);
     }
     api_ = reader.api();
+}
+
+void TensorArgs::check_layout(const dlpack::Tensor& t, const dlpack::Tensor& first,
+                              const Name& name, size_t r, size_t i) {
+    const std::string model = roles_[0].at(i)();
+    if (roles_[r].has(kScales)) {
+        if (t.ndim != 1 || t.shape[0] != groups_of(numel_[i]) || !is_contiguous(t))
+            fail(PyExc_ValueError,
+                 name() + " has " + describe_layout(t) + ": pass a contiguous tensor [" +
+                     std::to_string(groups_of(numel_[i])) + "], a scale for every " +
+                     std::to_string(kGroup) + " elements of " + model);
+        return;
+    }
+    if (same_layout(t, first)) return;
+    fail(layout_error, name() + " has " + describe_layout(t) + ", " + model + " has " +
+                           describe_layout(first) +
+                           (roles_[r].has(kOneTensor)
+                                ? ": pass vectors of one shape"
+                                : ": pass torch.empty_like(" + model + ").copy_(" + name() + ")"));
 }
 
 void TensorArgs::check_first(const dlpack::Tensor& t, const Name& name) {
@@ -185,7 +233,9 @@ void TensorArgs::check_first(const dlpack::Tensor& t, const Name& name) {
 }
 
 void TensorArgs::check_type(const dlpack::Tensor& t, const Name& name, size_t r, size_t i) {
-    const DType dtype = require_dtype(t, name);
+    DType dtype;
+    const bool may_be_whole = roles_[r].has(kState) || roles_[r].has(kCorrections);
+    if (!may_be_whole || !whole_dtype_of(t.dtype, dtype)) dtype = require_dtype(t, name);
     if (r == 0 && i == 0) {
         dtype_ = dtype;
         device_ = t.device;
@@ -211,12 +261,27 @@ const Role* TensorArgs::first_gradients(size_t count) const {
 }
 
 bool TensorArgs::takes(DType dtype, size_t r, size_t i) {
+    if (roles_[r].has(kState) || roles_[r].has(kCorrections))
+        return takes_compressed(dtype, roles_[r]);
     if (dtype == expected(roles_[r], i)) return true;
     if (!roles_[r].has(kGradients) || first_gradients(r) != nullptr) return false;
     if (r > 0 && dtype != wider(dtype_)) return false;
     if (wide_.empty()) wide_.assign(size(), dtype_);
     wide_[i] = dtype;
     return true;
+}
+
+bool TensorArgs::takes_compressed(DType dtype, const Role& role) {
+    if (role.has(kCorrections)) {
+        const bool is_one = dtype == DType::i8 || dtype == DType::i16;
+        if (!correction_ && is_one && size_of(dtype_) == 2) correction_ = dtype;
+        return correction_ == dtype;
+    }
+    if (!state_) {
+        const bool is_known = dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::i8;
+        state_ = dtype_ != DType::f64 && is_known ? dtype : dtype_;
+    }
+    return dtype == state_of(role);
 }
 
 dlpack::Tensor TensorArgs::read_one(const char* name, PyObject*& object, bool written) {
@@ -375,8 +440,7 @@ void TensorArgs::require_apart() const {
     const auto singles = static_cast<std::uint32_t>(roles_.size());
     const auto end = [&](const Stretch& s) {
         if (s.role == singles) return singles_[s.index].end;
-        return s.begin + static_cast<std::uintptr_t>(numel_[s.index]) *
-                             size_of(expected(roles_[s.role], s.index));
+        return s.begin + static_cast<std::uintptr_t>(bytes(roles_[s.role], s.index));
     };
     const auto written = [&](const Stretch& s) {
         return s.role == singles ? singles_[s.index].written : roles_[s.role].has(kWritten);

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -41,7 +42,7 @@ double number_of(const char* name, py::handle value);
 
 class TensorArgs {
  public:
-    static constexpr std::size_t kMaxRoles = 5;
+    static constexpr std::size_t kMaxRoles = 8;
 
     // Reads and checks all lists; the first role must be present. Throws TypeError for what is no
     // usable tensor, LayoutError where the i-th tensors differ, ValueError for the rest.
@@ -66,7 +67,14 @@ class TensorArgs {
         throw std::logic_error(std::string("no list was read as ") + name);
     }
     // What a kernel is given, with no lists yet.
-    Tensors tensors() const { return {dtype_, size(), numel_.data(), wide()}; }
+    Tensors tensors() const {
+        return {dtype_,
+                size(),
+                numel_.data(),
+                wide(),
+                state_.value_or(dtype_),
+                correction_.value_or(DType::i8)};
+    }
     // The shape of the first role's tensor, where that is no list.
     const Shape& shape() const { return shape_; }
 
@@ -122,10 +130,25 @@ class TensorArgs {
                                  const Shape* shape);
     // The first of `count` roles that holds gradients, whose dtypes others follow; or nullptr.
     const Role* first_gradients(std::size_t count) const;
-    // Whether the i-th tensor of a role may have a dtype; notes that of a wide gradient.
+    // Whether the i-th tensor of a role may have a dtype; notes one that is not the parameters'.
     bool takes(DType dtype, std::size_t r, std::size_t i);
+    bool takes_compressed(DType dtype, const Role& role);
+    // Throws unless the i-th tensor of a role is laid out as the first role's, or fits its groups.
+    void check_layout(const dlpack::Tensor& t, const dlpack::Tensor& first, const Name& name,
+                      std::size_t r, std::size_t i);
     DType expected(const Role& role, std::size_t i) const {
+        if (role.has(kScales)) return DType::f32;
+        if (role.has(kCorrections)) return *correction_;
+        if (role.has(kState)) return state_of(role);
         return role.has(kGradients) && !wide_.empty() ? wide_[i] : dtype_;
+    }
+    DType state_of(const Role& role) const {
+        return state_ == DType::i8 && role.has(kUnsigned) ? DType::u8 : *state_;
+    }
+    // Throws where codes lack their scales, or compressed tensors go with gradients in double.
+    void require_compressible() const;
+    std::int64_t bytes(const Role& role, std::size_t i) const {
+        return (role.has(kScales) ? groups_of(numel_[i]) : numel_[i]) * size_of(expected(role, i));
     }
     bool is_here(const dlpack::Device& device) const {
         return device.type == device_.type && device.id == device_.id;
@@ -133,6 +156,8 @@ class TensorArgs {
 
     Borrowing borrowing_;
     DType dtype_{};
+    std::optional<DType> state_;       // of states, where there are any
+    std::optional<DType> correction_;  // of corrections
     dlpack::Device device_{};
     Shape shape_;
     const dlpack::ExchangeApi* api_ = nullptr;

@@ -11,7 +11,8 @@ namespace eigenfilter {
 // flag that needs them is set, and only there needed; they are gradients, each of which may have
 // the next wider dtype; they are a state of the rule, which it reads and writes; they are one
 // tensor and no list; that tensor is [b, n], or a single vector [n]; it is [m, n], of a dtype of
-// its own.
+// its own; they are corrections, which are whole numbers; they are the scales of a state's codes;
+// a state's codes have no sign.
 enum Traits : unsigned {
     kRead = 0,
     kWritten = 1,
@@ -22,6 +23,9 @@ enum Traits : unsigned {
     kOneTensor = 32,
     kMayBeOne = 64,
     kBasis = 128,
+    kCorrections = 256 | kWritten | kOptional,
+    kScales = 512 | kWritten | kOptional,
+    kUnsigned = 1024,
 };
 
 // What a scalar must be; one on a GPU is not looked at. A computed one comes from gradients, and is

@@ -31,6 +31,8 @@ EIGENFILTER_RULE double power(double base, double exponent) {
 
 EIGENFILTER_RULE float square_root(float v) { return sqrtf(v); }
 EIGENFILTER_RULE double square_root(double v) { return sqrt(v); }
+EIGENFILTER_RULE float absolute(float v) { return fabsf(v); }
+EIGENFILTER_RULE float with_sign_of(float v, float sign) { return copysignf(v, sign); }
 
 // An update is described by the struct of its scalars, which are doubles for the CPU and Scalars
 // for a GPU. Results of one with a rounding_seed may be rounded stochastically. Its rule is made
@@ -149,6 +151,8 @@ struct SgdStepScalars {
         {"grads", &Tensors::g, kGradients},
         {"momenta", &Tensors::m, kState | kOptional},
         {"backups", &Tensors::b, kOptional},
+        {"corrections", &Tensors::c, kCorrections},
+        {"momentum_scales", &Tensors::m_scales, kScales},
         {"lr", &Call::lr, Range::finite},
         {"momentum", &Call::momentum, Range::finite, &Tensors::m},
         {"dampening", &Call::dampening, Range::finite},
@@ -228,8 +232,11 @@ struct AdamWStepScalars {
         {"params", &Tensors::x, kWritten},
         {"grads", &Tensors::g, kGradients},
         {"exp_avgs", &Tensors::m, kState},
-        {"exp_avg_sqs", &Tensors::v, kState},
+        {"exp_avg_sqs", &Tensors::v, kState | kUnsigned},
         {"backups", &Tensors::b, kOptional},
+        {"corrections", &Tensors::c, kCorrections},
+        {"exp_avg_scales", &Tensors::m_scales, kScales},
+        {"exp_avg_sq_scales", &Tensors::v_scales, kScales},
         {"lr", &Call::lr, Range::finite},
         {"beta1", &Call::beta1, Range::fraction},
         {"beta2", &Call::beta2, Range::fraction},
@@ -346,6 +353,7 @@ constexpr bool kIsWellFormed = [] {
     for (std::size_t i = 1; i < kArgumentCount<Scalars>; ++i) {
         const auto& a = Scalars::kArguments[i];
         if (a.list == nullptr || a.list == &Tensors::b) continue;
+        if (a.traits == kCorrections || a.traits == kScales) continue;
         if (a.traits == kGradients) {
             holds &= a.list == gradients[grads];
             grads += grads < 2;

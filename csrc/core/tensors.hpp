@@ -14,13 +14,21 @@
 
 namespace eigenfilter {
 
-enum class DType : std::uint8_t { f32, f64, bf16, f16 };
+// The whole numbers are those of compressed forms: see compression.hpp.
+enum class DType : std::uint8_t { f32, f64, bf16, f16, i8, u8, i16 };
 
-constexpr int size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+constexpr int size_of(DType t) {
+    constexpr int sizes[] = {4, 8, 2, 2, 1, 1, 2};
+    return sizes[static_cast<int>(t)];
+}
 
 // A gradient is read in its own dtype: that of its parameter, or the next wider one. The arithmetic
 // is that of the wider of the two, and only what is written is rounded to the parameter's dtype.
 constexpr DType wider(DType t) { return size_of(t) == 2 ? DType::f32 : DType::f64; }
+
+// So many elements of a state, in the order of memory, share the scale of their codes.
+constexpr std::int64_t kGroup = 64;
+constexpr std::int64_t groups_of(std::int64_t numel) { return (numel + kGroup - 1) / kGroup; }
 
 // A hyperparameter: a host value, or the address of a float or double that the device reads.
 struct Scalar {
@@ -42,16 +50,23 @@ struct Tensors {
     std::size_t n;
     const std::int64_t* numel;  // [n]
     const DType* wide;          // [n] dtypes of g and g0, of x in a reduction; nullptr: `dtype`
+    DType state;                // of m and v; i8: they are codes, those of v being u8
+    DType correction;           // of c
     void* const* x = nullptr;   // [n] parameters, written; the tensors of a reduction
     void* const* g = nullptr;   // [n] gradients, read; the weights of a norm
     void* const* g0 = nullptr;  // [n] gradients at x, read
     void* const* m = nullptr;   // [n] momentum buffers or first moments, written
     void* const* v = nullptr;   // [n] second moments, written
     void* const* b = nullptr;   // [n] backups: written by perturb with save, else read
+    void* const* c = nullptr;   // [n] corrections of parameters to their master weights, written
+    void* const* m_scales = nullptr;  // [n] of the groups of codes, float32, written
+    void* const* v_scales = nullptr;
 
     EIGENFILTER_RULE DType gradient(std::size_t i) const {
         return wide != nullptr ? wide[i] : dtype;
     }
+    // Whether states have a dtype of their own, or parameters corrections.
+    EIGENFILTER_RULE bool is_compressed() const { return c != nullptr || state != dtype; }
 };
 
 // w_v <- w_v - sum_i (q_i . w_v) q_i for the rows q_i of a basis, `passes` times over.

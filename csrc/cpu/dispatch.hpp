@@ -3,7 +3,7 @@
 
 #include "simd.hpp"
 // The templates of rules see the functions of vectors, declared before.
-#include "core/rounding.hpp"
+#include "core/compression.hpp"
 #include "isa.hpp"
 
 namespace eigenfilter::cpu {

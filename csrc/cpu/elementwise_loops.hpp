@@ -30,13 +30,18 @@ EIGENFILTER_INLINE void walk(std::int64_t n, const typename Storage::Bits* strea
     if (i < n) body(Partial<Storage, L>{n - i}, i);
 }
 
+// The numbers of L elements from i on.
+template <int L>
+EIGENFILTER_INLINE Vec<std::uint32_t, L> index_of(std::int64_t i) {
+    constexpr std::uint32_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return load<Vec<std::uint32_t, L>>(lanes) + static_cast<std::uint32_t>(i);
+}
+
 // Rounds and narrows the results of a block from element i on.
 template <class Storage, class Rounding, class V>
 EIGENFILTER_INLINE auto rounded(const Rounding& rounding, V v, Output output, std::int64_t i) {
     constexpr int L = kLanes<Storage>;
-    constexpr std::uint32_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const auto index = load<Vec<std::uint32_t, L>>(lanes) + static_cast<std::uint32_t>(i);
-    return Storage::template narrow<L>(rounding.template round<Storage>(v, output, index));
+    return Storage::template narrow<L>(rounding.template round<Storage>(v, output, index_of<L>(i)));
 }
 
 // x <- rule(from, gradients..., states...) of a stretch; the rule changes the states too. `from` is
@@ -76,9 +81,9 @@ void update(const Stretch& r, const Rule& rule, const Rounding& rounding,
     });
 }
 
-// The entry of an update in the table: the loop for the call's dtypes, lists and rounding.
+// The loop of an update for the call's dtypes, lists and rounding.
 template <class Scalars>
-void update_of(const Stretch& r, const Scalars& s) {
+void plain_update_of(const Stretch& r, const Scalars& s) {
     const auto run = [&](auto storage, auto gradient, const auto& rule, const auto& rounding) {
         using Storage = decltype(storage);
         using Gradient = decltype(gradient);

@@ -1,7 +1,7 @@
 // The inner loops of the reductions, and how all sums are taken; part of loops.cpp.
 #pragma once
 
-#include "elementwise_loops.hpp"
+#include "compressed_loops.hpp"
 
 namespace eigenfilter::cpu {
 namespace {

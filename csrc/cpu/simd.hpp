@@ -225,6 +225,39 @@ struct FloatInDouble {
     }
 };
 
+// Whole numbers of 8 and 16 bits as those of 32, and back, where they must fit. GCC 12 converts
+// vectors of bytes one by one.
+template <class Bits, int L>
+EIGENFILTER_INLINE Vec<std::int32_t, L> widen_whole(Vec<Bits, L> v) {
+#if defined(__AVX2__)
+    if constexpr (sizeof(Bits) == 1) {
+        __m128i bytes{};
+        std::memcpy(&bytes, &v, sizeof v);
+        constexpr bool is_signed = std::is_signed_v<Bits>;
+        return (Vec<std::int32_t, L>)(is_signed ? EIGENFILTER_INTRINSIC(cvtepi8_epi32)(bytes)
+                                                : EIGENFILTER_INTRINSIC(cvtepu8_epi32)(bytes));
+    }
+#endif
+    return __builtin_convertvector(v, Vec<std::int32_t, L>);
+}
+
+template <class Bits, int L>
+EIGENFILTER_INLINE Vec<Bits, L> narrow_whole(Vec<std::int32_t, L> v) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Bits) == 1) return (Vec<Bits, L>)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(Bits) == 1) {
+        const auto wide = (__m256i)v;
+        const __m128i words =
+            _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+        const __m128i bytes =
+            std::is_signed_v<Bits> ? _mm_packs_epi16(words, words) : _mm_packus_epi16(words, words);
+        return load<Vec<Bits, L>>(&bytes);
+    }
+#endif
+    return __builtin_convertvector(v, Vec<Bits, L>);
+}
+
 // How a block of L elements is read and written: whole, whole and past the caches, or its first
 // few. What is read of the others is zero, as is what `inside` leaves of them. What is only read
 // may be of another type.
@@ -286,6 +319,11 @@ EIGENFILTER_INLINE V square_root(V v) {
     return v;
 }
 #endif
+
+EIGENFILTER_INLINE Floats absolute(Floats v) { return (Floats)((Words)v & 0x7fffffffu); }
+EIGENFILTER_INLINE Floats with_sign_of(Floats v, Floats sign) {
+    return (Floats)((Words)v | ((Words)sign & 0x80000000u));
+}
 
 // Of numbers below 2^31: conversions of signed integers are one instruction everywhere.
 using Integers = Vec<std::int32_t, kRegisterBytes / 4>;

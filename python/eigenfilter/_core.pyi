@@ -16,6 +16,7 @@ cuda_architectures: tuple[str, ...]
 cuda_device_type: str
 """The type of the devices that the CUDA kernels serve, as torch calls it."""
 
+group_size: int
 most_rows: int
 """How many vectors `gram` and `mix_rows` take at most."""
 

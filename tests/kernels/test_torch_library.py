@@ -106,7 +106,7 @@ def test_errors_are_those_of_the_kernels() -> None:
 @NO_GRAPHS
 def test_a_compiled_call_takes_what_the_call_takes() -> None:
     [params, grads] = lists(2)
-    by_position = torch.compile(lambda p, g: kernels.sgd_step(p, g, None, None, 0.1))
+    by_position = torch.compile(lambda p, g: kernels.sgd_step(p, g, None, None, None, None, 0.1))
     with pytest.raises(Exception, match="positional"):
         by_position(params, grads)
     whole = torch.tensor(1)

@@ -12,17 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from eigenfilter.kernels._op import op
-from eigenfilter.kernels.arithmetic import (
-    M,
-    V,
-    X,
-    dithered,
-    inverse,
-    power,
-    real,
-    square_root,
-    write,
-)
+from eigenfilter.kernels.arithmetic import M, V, inverse, power, real, square_root
+from eigenfilter.kernels.compression import Lists, item, read
 from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype
 
 
@@ -33,6 +24,9 @@ def adamw_step(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     backups: Sequence[Tensor] | None = None,
+    corrections: Sequence[Tensor] | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
     *,
     lr: Scalar,
     beta1: Scalar = 0.9,
@@ -67,6 +61,10 @@ def adamw_step(
         exp_avgs: n tensors m, updated; zeros before the first step.
         exp_avg_sqs: n tensors v, updated; zeros before the first step.
         backups: n tensors b, read, or None: the step starts from params.
+        corrections: n tensors of int8 or int16, updated, or None: see `sgd_step`.
+        exp_avg_scales, exp_avg_sq_scales: n float32 tensors [ceil(numel / 64)] each, updated, where
+            the moments are codes: int8 m and uint8 v. Zeros before the first step. None for moments
+            of float32, bfloat16 or the parameters' dtype.
         lr: learning rate.
         beta1, beta2: decay rates of the moments, in [0, 1).
         eps: term that keeps the quotient finite, greater than 0.
@@ -87,27 +85,26 @@ def adamw_step(
     """
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         T = arithmetic_dtype(p.dtype, g.dtype)
-        if backups is not None:
-            p.copy_(backups[i])
+        lists = Lists(p, item(corrections, i), rounding_seed, i, found_inf)
+        x = lists.start(item(backups, i), T)
         S = inverse(grad_scale, p)
         d = (-S if maximize else S).to(T) * g.to(T)
         b1, b2, a = real(beta1, p), real(beta2, p), real(lr, p)
-        betas, count, before = (b1, b2), int(step), (exp_avgs[i].to(T), exp_avg_sqs[i].to(T))
+        betas, count = (b1, b2), int(step)
+        scales = item(exp_avg_scales, i), item(exp_avg_sq_scales, i)
+        before = read(exp_avgs[i], scales[0], T), read(exp_avg_sqs[i], scales[1], T)
         m = b1.to(T) * before[0] + (1 - b1).to(T) * d
         v = b2.to(T) * before[1] + (1 - b2).to(T) * (d * d)
         decay = (1 - a * real(weight_decay, p)).to(T)
         change = _update(m, v, a, betas, eps, count)
-        m = dithered(m, exp_avgs[i], rounding_seed, i, M).to(p.dtype)
-        v = dithered(v, exp_avg_sqs[i], rounding_seed, i, V).to(p.dtype)
+        m = lists.write_state(m, exp_avgs[i], scales[0], M)
+        v = lists.write_state(v, exp_avg_sqs[i], scales[1], V, count)
         e = real(extrapolation, p)
         if e != 0:
-            change = _update(m.to(T), v.to(T), a + e, betas, eps, count)
+            change = _update(m, v, a + e, betas, eps, count)
             if count > 1:
                 change = change - _update(*before, e, betas, eps, count - 1)
-        x = decay * p.to(T) - change
-        write(exp_avgs[i], m, found_inf)
-        write(exp_avg_sqs[i], v, found_inf)
-        write(p, dithered(x, p, rounding_seed, i, X), found_inf)
+        lists.write(decay * x - change)
 
 
 def _update(

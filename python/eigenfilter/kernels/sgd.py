@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from eigenfilter.kernels._op import op
-from eigenfilter.kernels.arithmetic import M, X, dithered, inverse, real, write
+from eigenfilter.kernels.arithmetic import M, inverse, real
+from eigenfilter.kernels.compression import Lists, item, read
 from eigenfilter.kernels.conventions import Scalar, arithmetic_dtype
 
 
@@ -22,6 +23,8 @@ def sgd_step(
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor] | None = None,
     backups: Sequence[Tensor] | None = None,
+    corrections: Sequence[Tensor] | None = None,
+    momentum_scales: Sequence[Tensor] | None = None,
     *,
     lr: Scalar,
     momentum: Scalar = 0.0,
@@ -55,6 +58,12 @@ def sgd_step(
         grads: n tensors g, read.
         momenta: n tensors m, updated, or None for no momentum.
         backups: n tensors b, read, or None: the step starts from params.
+        corrections: n tensors of int8 or int16, updated: bfloat16 or float16 parameters stand with
+            them for master weights, from which the step starts; b are the parameters' 16 bits. None
+            for parameters alone. See `eigenfilter.kernels.compression`.
+        momentum_scales: n float32 tensors [ceil(numel / 64)], updated, where the momenta are codes
+            (int8); zeros before the first step. None for momenta of float32, bfloat16 or the
+            parameters' dtype.
         lr: learning rate.
         momentum: decay rate of the momentum buffers, in [0, 1).
         dampening: share of the gradient that stays out of the buffers, in [0, 1].
@@ -76,9 +85,8 @@ def sgd_step(
     """
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         T = arithmetic_dtype(p.dtype, g.dtype)
-        if backups is not None:
-            p.copy_(backups[i])
-        x = p.to(T)
+        lists = Lists(p, item(corrections, i), rounding_seed, i, found_inf)
+        x = lists.start(item(backups, i), T)
         S = inverse(grad_scale, p)
         d = (-S if maximize else S).to(T) * g.to(T)
         wd = real(weight_decay, p).to(T)
@@ -89,14 +97,15 @@ def sgd_step(
         if momenta is not None:
             beta = real(momentum, p).to(T)
             keep = (1 - real(dampening, p)).to(T)
-            m = beta * momenta[i].to(T) + keep * d
+            scales = item(momentum_scales, i)
+            before = read(momenta[i], scales, T)
+            m = beta * before + keep * d
             u = d + beta * m if nesterov else m
-            m = dithered(m, momenta[i], rounding_seed, i, M).to(p.dtype)
+            m = lists.write_state(m, momenta[i], scales, M)
             e = real(extrapolation, p).to(T)
             if e != 0:
-                ahead = e * (m.to(T) - momenta[i].to(T))
-            write(momenta[i], m, found_inf)
+                ahead = e * (m - before)
         x = x - real(lr, p).to(T) * u
         if ahead is not None:
             x = x - ahead
-        write(p, dithered(x, p, rounding_seed, i, X), found_inf)
+        lists.write(x)

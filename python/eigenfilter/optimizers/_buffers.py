@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor  # imported by torch itself
 from torch.nn.parameter import is_lazy
 
 from eigenfilter import _core, _distributed
-from eigenfilter.kernels.conventions import gradient_dtype
+from eigenfilter.kernels.conventions import arithmetic_dtype, gradient_dtype
+from eigenfilter.optimizers._compression import Formats, expanded
 
 
 class BufferStore:
@@ -20,10 +21,12 @@ class BufferStore:
     Args:
         backend: backend of the kernels.
         keys: keys of the buffers in a parameter's state.
+        formats: how they are held, and what is held beside them.
     """
 
-    def __init__(self, backend: str | None, keys: tuple[str, ...]) -> None:
+    def __init__(self, backend: str | None, keys: tuple[str, ...], formats: Formats) -> None:
         self.backend = backend
+        self.formats = formats
         self.keys = keys
         self.state: dict[Tensor, dict[str, Any]] = {}
         self.has_written = False  # whether a kernel has written, see `retry_on_layout_change`
@@ -45,14 +48,16 @@ class BufferStore:
         return tensor
 
     def buffer(self, key: str, p: Tensor) -> Tensor:
-        """The buffer of a parameter, created as zeros or converted to its dtype and strides."""
-        buffer: Tensor | None = self.state[p].get(key)
-        if buffer is None:
-            buffer = torch.zeros_like(p, requires_grad=False)
-        elif not _distributed.is_dtensor(p) and not _fits(buffer, p, p.dtype):
-            buffer = torch.empty_like(p, requires_grad=False).copy_(buffer)
-        self.state[p][key] = buffer
-        return buffer
+        """The buffer of a parameter, created as zeros or converted to its format and strides."""
+        return self.formats.fit(key, p, self.state[p])
+
+    def number(self, key: str, p: Tensor) -> Tensor:
+        """The numbers of a parameter's buffer on this rank, in the dtype that kernels compute in.
+
+        They are its own memory where that is like the parameter's.
+        """
+        value = _distributed.local(expanded({**self.state[p], key: self.buffer(key, p)}, key))
+        return value if value.dtype == p.dtype else value.to(arithmetic_dtype(p.dtype))
 
     def snapshot_state(self) -> None:
         """Record which state dictionaries and buffers exist now."""

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from eigenfilter import _core, kernels
+from eigenfilter import _core, _distributed, kernels
 from eigenfilter.optimizers._accumulation import UsedGradients, any_nonzero, zero_gradients
 from eigenfilter.optimizers._buffers import refuse_overlap
+from eigenfilter.optimizers._compression import (
+    CORRECTION,
+    Formats,
+    expanded_entry,
+    master_weight,
+    set_apart,
+    set_master_weight,
+)
 from eigenfilter.optimizers._norms import clip
 from eigenfilter.optimizers._shards import ParentOptimizer, other_ranks_wait
 from eigenfilter.optimizers._step_state import StepState, through_owner
@@ -44,6 +53,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     perturbation: Perturbation
     backend: str | None
+    master_weight_bits: int | None = None
+    state_bits: int | None = None
     skip_nonfinite: bool
     release_gradients: bool
     set_to_none: bool
@@ -63,7 +74,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._used = UsedGradients()
         self._amp = AmpState()
         self._parent = ParentOptimizer(self)
-        self._buckets = ParamBuckets(self._update, self._amp, self.backend)
+        formats = Formats(self.master_weight_bits, self.state_bits, self._update.roots)
+        self._buckets = ParamBuckets(self._update, self._amp, self.backend, formats)
         self._release = GradientRelease(self._buckets, self._amp)
 
     @property
@@ -128,6 +140,11 @@ class GroupedOptimizer(torch.optim.Optimizer):
                     f"parameter {i} of the group is {p.dtype}, {p.layout}: the optimizers take "
                     "dense float32, float64, bfloat16 and float16 parameters; give the others to "
                     "an optimizer of their own"
+                )
+            if p.dtype == torch.float64 and self.state_bits is not None:
+                raise TypeError(
+                    f"parameter {i} of the group is float64, and state_bits={self.state_bits} "
+                    "keeps its state in fewer bits than its arithmetic: leave state_bits None"
                 )
         if self._constructed:
             refuse_overlap(self.param_groups)
@@ -271,11 +288,67 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and hyperparameters in the torch optimizer's form, without backups.
 
+        States of 8 bits are float32 numbers in it, exactly those that the codes stand for, so that
+        other optimizers, and other shardings, can load them: see `compressed_state_dict`.
+
+        Raises:
+            RuntimeError: the parameters are perturbed, as the model's own state_dict would be.
+        """
+        saved = self.compressed_state_dict()
+        saved["state"] = {key: expanded_entry(entry) for key, entry in saved["state"].items()}
+        return saved
+
+    @through_owner
+    def compressed_state_dict(self) -> dict[str, Any]:
+        """The state_dict with states of 8 bits as their codes and scales: a quarter of the bytes.
+
+        `load_state_dict` takes it, with any `state_bits`. Under FSDP2 it must be loaded with the
+        sharding that it was saved with, because the scales belong to the shards.
+
         Raises:
             RuntimeError: the parameters are perturbed, as the model's own state_dict would be.
         """
         self._refuse_perturbed("state_dict()")
         return super().state_dict()
+
+    @through_owner
+    @torch.no_grad()
+    def master_weights(self) -> list[Tensor]:
+        """The master weights, in the order of the parameters in the groups, in new memory.
+
+        They are float32, and float64 for parameters of it; without `master_weight_bits` they are
+        the parameters, converted.
+
+        Raises:
+            RuntimeError: the parameters are perturbed.
+        """
+        self._refuse_perturbed("master_weights()")
+        return [master_weight(p, self.state.get(p, {})) for p in self._params()]
+
+    @through_owner
+    @torch.no_grad()
+    def load_master_weights(self, weights: Iterable[Tensor]) -> None:
+        """Set the parameters and their corrections to float32 weights, rounded to nearest.
+
+        Args:
+            weights: like `master_weights()`, from a checkpoint of any precision.
+
+        Raises:
+            RuntimeError: the parameters are perturbed.
+            ValueError: their number, or the shape of one, is not the parameters'.
+        """
+        self._refuse_perturbed("load_master_weights()")
+        params, weights = self._params(), list(weights)
+        shapes = [tuple(w.shape) for w in weights]
+        if shapes != [tuple(p.shape) for p in params]:
+            raise ValueError(
+                f"there are {len(params)} parameters and {len(weights)} weights, of shapes that "
+                "are not theirs: pass a tensor for every parameter, in the order of the groups"
+            )
+        self._corrections()
+        for p, weight in zip(params, weights, strict=True):
+            set_master_weight(p, self.state.get(p, {}), weight)
+            increment_version(p)
 
     @through_owner
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -292,8 +365,20 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for group in state_dict.get("param_groups", ()):
             refuse_modes(group)
             self._update.refuse_extrapolated(group)
+        formats = self._buckets.store.formats
+        state_dict, apart = set_apart(state_dict, self._params(), formats, self._update.moments)
         super().load_state_dict(state_dict)
+        for p, entry in apart:
+            self.state[p].update(entry)
+            for key in {CORRECTION, *self._update.moments} & set(entry):
+                formats.fit(key, p, self.state[p])
         remember_lrs(self)
+
+    def _corrections(self) -> list[Tensor]:
+        """The corrections on this rank, of all parameters that have one."""
+        formats = self._buckets.store.formats
+        params = [p for p in self._params() if formats.correction(p) is not None]
+        return [_distributed.local(formats.fit(CORRECTION, p, self.state[p])) for p in params]
 
     def _only_initializes_state(self, gradients: Gradients) -> bool:
         """Whether this is the step with which distributed checkpointing creates the state.
@@ -323,7 +408,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
             self._start()
 
 
-OWN_OPTIONS = ("skip_nonfinite", "release_gradients", "set_to_none", "backend")
+OWN_OPTIONS = (
+    *("skip_nonfinite", "release_gradients", "set_to_none", "backend"),
+    *("master_weight_bits", "state_bits"),
+)
 """The options that the optimizer itself holds, and not its groups."""
 
 

@@ -116,8 +116,8 @@ class AdamW(ExtrapolatedOptimizer):
         values: dict[str, Any] = {name: float(group[name]) for name in ("lr", "weight_decay")}
         return float(design("adamw", max_eigenvalue, beta1=float(group["betas"][0]), **values))
 
-    def state_dict(self) -> dict[str, Any]:
-        saved = super().state_dict()
+    def compressed_state_dict(self) -> dict[str, Any]:
+        saved = super().compressed_state_dict()
         saved["state"] = {
             key: entry | {STEP: entry[STEP].clone()} if STEP in entry else entry
             for key, entry in saved["state"].items()

@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from eigenfilter import _core, _distributed, kernels
+from eigenfilter.kernels.compression import CODES
 from eigenfilter.optimizers._buffers import BufferStore, conform, kind_of, refuse_overlap
+from eigenfilter.optimizers._compression import (
+    CORRECTION,
+    Formats,
+    master_weight,
+    scale_key,
+    set_master_weight,
+)
 from eigenfilter.optimizers._step_counts import CountGroup
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.hyperparameters import check_scalars, is_zero, rho_key
@@ -118,6 +126,44 @@ class ParamBucket:
             self.store.mark_changed()
         return self._lists[key]
 
+    def scales(self, key: str) -> _core.TensorList | None:
+        """The scales of the buffers at `key`, where these are codes."""
+        self.buffers(key)
+        if self.store.formats.dtype(key, self.params[0]) not in CODES:
+            return None
+        state, name = self.store.state, scale_key(key)
+        return self._list(name, lambda _, p: cast(Tensor, state[p][name]))
+
+    def corrections(self) -> _core.TensorList | None:
+        """The corrections that make master weights of the parameters, where they have any."""
+        has_corrections = self.store.formats.correction(self.params[0]) is not None
+        return self.buffers(CORRECTION) if has_corrections else None
+
+    def like_params(self, key: str) -> _core.TensorList | None:
+        """The buffers at `key`, where they are like the parameters."""
+        buffers = self.buffers(key)
+        return buffers if self.store.formats.dtype(key, self.params[0]) == self.kind[1] else None
+
+    def move(self, params: Sequence[Tensor], along: Sequence[Tensor], alpha: float) -> None:
+        """Move some parameters by alpha along tensors; their master weights, where there are any.
+
+        Without masters the sum is rounded to the parameters' dtype.
+        """
+        if self.store.formats.correction(self.params[0]) is None:
+            self.kernels.perturb(params, along, None, alpha, save=False)
+            return
+        for p, u in zip(params, along, strict=True):
+            entry = self.store.state[p]
+            self.corrections()
+            whole = master_weight(p, entry)
+            _distributed.local(whole).add_(u, alpha=alpha)
+            set_master_weight(p, entry, whole)
+
+    def lacks_corrections(self) -> bool:
+        """Whether the first call of `corrections` has some to create."""
+        has_corrections = self.store.formats.correction(self.params[0]) is not None
+        return has_corrections and CORRECTION not in self._lists
+
     def _list(self, name: str, make: Callable[[str, Tensor], Tensor]) -> _core.TensorList:
         if name not in self._lists:
             with torch.inference_mode(False):  # steps outside of inference mode write to them too
@@ -127,9 +173,10 @@ class ParamBucket:
 
     def drop(self, key: str) -> None:
         """Delete the buffers, because the step that created them was skipped."""
-        del self._lists[key]
-        for p in self.params:
-            del self.store.state[p][key]
+        for name in (key, scale_key(key)):
+            self._lists.pop(name, None)
+            for p in self.params:
+                self.store.state[p].pop(name, None)
         self.store.mark_changed()
 
     def state_signatures(self, update: Update) -> list[Hashable]:
@@ -252,6 +299,7 @@ class ParamBuckets:
         update: the update, which knows the state.
         amp: the loss scale and the flags of its steps.
         backend: backend of the kernels.
+        formats: how the state is held.
 
     Attributes:
         groups: the groups of the parameters.
@@ -263,11 +311,14 @@ class ParamBuckets:
         store: the backups, and the buffers of the state.
     """
 
-    def __init__(self, update: Update, amp: AmpState, backend: str | None) -> None:
+    def __init__(
+        self, update: Update, amp: AmpState, backend: str | None, formats: Formats
+    ) -> None:
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._update = update
         self._amp = amp
-        self.store = BufferStore(backend, update.keys)
+        keys = (*update.keys, *formats.keys(update.moments))
+        self.store = BufferStore(backend, keys, formats)
         self._buckets: list[ParamBucket] = []
         # Each group, its list of parameters, and a copy of the list.
         self._groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []

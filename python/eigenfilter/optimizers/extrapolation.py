@@ -129,6 +129,7 @@ def at_x(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
         return
     params = [_distributed.local(p).detach() for group in groups for p in group["params"]]
+    params += optimizer._corrections()
     kept, marks = [p.clone() for p in params], [group[key] for group in groups]
     optimizer.eval()
     try:

@@ -27,6 +27,13 @@ class Options(TypedDict, total=False):
         stochastic_rounding: whether bfloat16 and float16 parameters and state are rounded up or
             down at random, without bias, so that small updates are not lost on average. The
             default is False.
+        master_weight_bits: 24 or 32 for bfloat16 and float16 parameters that stand for master
+            weights of so many bits, with a correction of 8 or 16 bits each in the state: small
+            updates are not lost. Ascents perturb the parameters, and leave the corrections. Others
+            have no corrections. The default is None, for none at all.
+        state_bits: bits of each number of the momentum or of the moments: 32 (float32), 16
+            (bfloat16), 8 (codes, with a scale for every 64), or None, the default, for the
+            parameters' dtype. See `eigenfilter.kernels.compression` for how far they err.
         skip_nonfinite: whether a step with a gradient that is not finite leaves parameters and
             state unchanged; `opt.skipped` counts these steps. The check takes one more pass over
             the gradient. In a distributed job all ranks of the default process group share the
@@ -45,6 +52,8 @@ class Options(TypedDict, total=False):
 
     maximize: bool
     stochastic_rounding: bool
+    master_weight_bits: int | None
+    state_bits: int | None
     skip_nonfinite: bool
     release_gradients: bool
     backend: str | None
@@ -74,11 +83,17 @@ class MethodOptions(Options, total=False):
 _DEFAULTS = Options(
     maximize=False,
     stochastic_rounding=False,
+    master_weight_bits=None,
+    state_bits=None,
     skip_nonfinite=False,
     release_gradients=False,
     backend=None,
     set_to_none=True,
 )
+_BITS: dict[str, tuple[int | None, ...]] = {
+    "master_weight_bits": (None, 24, 32),
+    "state_bits": (None, 8, 16, 32),
+}
 _FOR_TORCH = ("fused", "foreach", "capturable", "differentiable", "amsgrad")
 _KNOWN = frozenset((*Options.__annotations__, *_FOR_TORCH))  # AdamW names amsgrad itself
 _REFUSED = {
@@ -130,6 +145,11 @@ def complete_options(options: Mapping[str, Any], owner: str) -> dict[str, Any]:
     for name, value in options.items():
         if name not in _KNOWN:
             raise TypeError(f"{owner} got an unexpected keyword argument {name!r}")
+        if name in _BITS:
+            if isinstance(value, bool) or value not in _BITS[name]:
+                choices = ", ".join(map(str, _BITS[name]))
+                raise ValueError(f"{name} must be one of {choices}, and is {value!r}")
+            continue
         if name == "backend" or (value is None and name in ("fused", "foreach")):
             continue
         if isinstance(value, Tensor) or value not in (0, 1):

@@ -241,6 +241,12 @@ class MSAM(ExtrapolatedOptimizer):
                 "next y by the norm of all momentum buffers: leave it False, or use "
                 "SGD(extrapolation=...)"
             )
+        for name in ("master_weight_bits", "state_bits"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{name} compresses what a step reads once, and MSAM reads its momentum three "
+                    "times: leave it None, or use SGD(extrapolation=...)"
+                )
         super().__init__(params, group, Perturbation(), MSAMUpdate(), options)
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -48,12 +48,16 @@ class Update:
 
     Attributes:
         keys: keys of its tensors in a parameter's state, under torch's names.
+        moments: those of `keys` that are like the parameters.
+        roots: those of `moments` that are not negative, and of which the root counts.
         group_options: the options that its groups hold, see `Options`.
         needs_norm: whether a step takes a norm over all parameters' state.
         extrapolated_key: key under which a group says how far its parameters are from x.
     """
 
     keys: tuple[str, ...] = ()
+    moments: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
     group_options: tuple[str, ...] = ()
     needs_norm = False
     extrapolated_key = EXTRAPOLATED
@@ -129,13 +133,8 @@ class ExtrapolatedUpdate(Update):
 
     The parameters of a group hold y = x - e u, with the e that the group has as `extrapolated`.
 
-    Its state signature is false for parameters that have no moments yet.
-
-    Attributes:
-        moments: those of `keys` from which u follows.
+    Its state signature is false for parameters that have no moments yet. u follows from `moments`.
     """
-
-    moments: tuple[str, ...]
 
     def scratch(self, buckets: Sequence[ParamBucket]) -> Scratch:
         """The memory that the `directions` of these buckets need, one after the other."""
@@ -168,7 +167,7 @@ class ExtrapolatedUpdate(Update):
             if has_moments and alphas.get(id(bucket.group), 0.0) != 0
         ]
         for bucket in changed:  # errors come before the first write
-            lists = bucket.tensors, *map(bucket.buffers, self.moments)
+            lists = bucket.tensors, *map(bucket.like_params, self.moments)
             _core.check(("params", *self.moments), lists, (True, *[False] * len(self.moments)))
         scratch = self.scratch(changed)  # all memory, too
 
@@ -180,12 +179,12 @@ class ExtrapolatedUpdate(Update):
         done = 0
         try:
             for bucket, alpha, (params, along) in directions():
-                bucket.kernels.perturb(params, along, None, alpha, save=False)
+                bucket.move(params, along, alpha)
                 done += 1
                 buckets.store.has_written = True
         except BaseException:
             for bucket, alpha, (params, along) in islice(directions(), done):
-                bucket.kernels.perturb(params, along, None, -alpha, save=False)
+                bucket.move(params, along, -alpha)
             raise
         finally:
             buckets.mark_written(changed)
@@ -203,14 +202,21 @@ class SGDUpdate(ExtrapolatedUpdate):
         return state.get(MOMENTUM) is not None
 
     def initialize_state(self, bucket: ParamBucket) -> None:
+        bucket.corrections()
         if bucket.group["momentum"] != 0:
             bucket.buffers(MOMENTUM)
 
     def writes_first(self, bucket_slice: BucketSlice) -> bool:
-        return not bucket_slice.state_signature and bucket_slice.bucket.group["momentum"] != 0
+        bucket = bucket_slice.bucket
+        has_momentum = bucket.group["momentum"] != 0
+        return (not bucket_slice.state_signature and has_momentum) or bucket.lacks_corrections()
 
     def directions(self, bucket: ParamBucket, scratch: Scratch) -> Iterator[Directions]:
-        yield bucket.tensors, bucket.buffers(MOMENTUM)
+        if bucket.store.formats.are_usual:
+            yield bucket.tensors, bucket.buffers(MOMENTUM)
+            return
+        for p in bucket.params:
+            yield [p], [bucket.store.number(MOMENTUM, p)]
 
     def momentum(self, bucket: ParamBucket) -> float | Tensor:
         """The factor of the buffers that the kernel is called with."""
@@ -219,9 +225,9 @@ class SGDUpdate(ExtrapolatedUpdate):
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
-        momenta, dampening, extrapolation, undo = None, 0.0, 0.0, False
+        momenta, scales, dampening, extrapolation, undo = None, None, 0.0, 0.0, False
         if group["momentum"] != 0:
-            momenta = bucket.buffers(MOMENTUM)
+            momenta, scales = bucket.buffers(MOMENTUM), bucket.scales(MOMENTUM)
             extrapolation = group.get(EXTRAPOLATED, 0.0)
             if bucket_slice.state_signature:
                 dampening = group["dampening"]
@@ -231,6 +237,8 @@ class SGDUpdate(ExtrapolatedUpdate):
             bucket.kernels.sgd_step,
             momenta,
             bucket.backups() if bucket_slice.is_perturbed else None,
+            bucket.corrections(),
+            scales,
             lr=group["lr"],
             momentum=self.momentum(bucket),
             dampening=dampening,
@@ -252,6 +260,7 @@ class AdamWUpdate(ExtrapolatedUpdate):
 
     keys = (EXP_AVG, EXP_AVG_SQ, STEP)
     moments = (EXP_AVG, EXP_AVG_SQ)
+    roots = (EXP_AVG_SQ,)
     group_options = ("maximize", "stochastic_rounding")
 
     def __init__(self) -> None:
@@ -277,12 +286,13 @@ class AdamWUpdate(ExtrapolatedUpdate):
             s[STEP] = count
 
     def writes_first(self, bucket_slice: BucketSlice) -> bool:
-        return bucket_slice.state_signature is None
+        return bucket_slice.state_signature is None or bucket_slice.bucket.lacks_corrections()
 
     def begin(self) -> None:
         self._counts.new_step()
 
     def initialize_state(self, bucket: ParamBucket) -> None:
+        bucket.corrections()
         bucket.buffers(EXP_AVG)
         bucket.buffers(EXP_AVG_SQ)
         self._start_counts(bucket)
@@ -313,12 +323,13 @@ class AdamWUpdate(ExtrapolatedUpdate):
         size, root = 1 / (1 - beta1**steps), (1 - beta2**steps) ** -0.5
         eps, T = float(group["eps"]), arithmetic_dtype(bucket.params[0].dtype)
         memory = [(row, row.storage_offset()) for row in scratch[bucket.device].view(T)]
-        for each in zip(bucket.params, *map(bucket.buffers, self.moments), strict=True):
-            p, m, v = map(_distributed.local, each)
+        for param in bucket.params:
+            m, v = (bucket.store.number(key, param) for key in self.moments)
+            p = _distributed.local(param)
             shape = p.shape, p.stride()
             u, denominator = (row.as_strided(*shape, offset) for row, offset in memory)
             denominator.copy_(v).sqrt_().mul_(root).add_(eps)
-            yield [p.detach()], [u.copy_(m).mul_(size).div_(denominator)]
+            yield [param], [u.copy_(m).mul_(size).div_(denominator)]
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
@@ -335,6 +346,9 @@ class AdamWUpdate(ExtrapolatedUpdate):
             bucket.buffers(EXP_AVG),
             bucket.buffers(EXP_AVG_SQ),
             bucket.backups() if bucket_slice.is_perturbed else None,
+            bucket.corrections(),
+            bucket.scales(EXP_AVG),
+            bucket.scales(EXP_AVG_SQ),
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
