@@ -127,14 +127,34 @@ def test_logits_may_be_parameters_and_no_other_subclass() -> None:
     assert not is_fused(fused(logits(ROWS, CLASSES).as_subclass(Marked).requires_grad_(), TARGET))
 
 
-def test_autocast_computes_in_float32() -> None:
-    z = logits(ROWS, CLASSES).bfloat16().requires_grad_()
-    assert not is_fused(fused(z, TARGET))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, expected = fused(z, TARGET), F.cross_entropy(z, TARGET)
-    assert is_fused(loss)
-    assert loss.dtype == expected.dtype == torch.float32
-    assert torch.allclose(loss, expected)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_half_precision_is_widened_in_pieces(
+    name: str, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Derivatives are those of float32 at the rounded logits, rounded once at the end."""
+    monkeypatch.setitem(cross_entropy._PIECE, "cpu", 2 * CLASSES)
+    half, u = logits(ROWS, CLASSES).to(dtype), logits(ROWS, CLASSES, seed=1).to(dtype)
+
+    def derivatives(dtype: torch.dtype) -> list[Tensor]:
+        options = dict(OPTIONS[name])
+        if "weight" in options:
+            options["weight"] = WEIGHT.to(half.dtype).to(torch.float32 if autocast else dtype)
+        z = half.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = fused(z, target_of(options), **options)
+            expected = F.cross_entropy(z, target_of(options), **options)
+        assert is_fused(loss)
+        assert loss.dtype == expected.dtype
+        (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+        products = torch.autograd.grad(gradient, z, u.to(dtype), retain_graph=True)
+        written_out = torch.autograd.grad(gradient, z, u.to(dtype), create_graph=True)
+        return [loss, gradient, *products, *written_out]
+
+    wide, rounded = derivatives(torch.float32), derivatives(dtype)
+    for ours, exact in zip(rounded, wide, strict=True):
+        torch.testing.assert_close(ours, exact.to(ours.dtype))
 
 
 @pytest.mark.parametrize(
@@ -144,9 +164,8 @@ def test_autocast_computes_in_float32() -> None:
         (logits(CLASSES), torch.tensor(3), {}),
         (logits(ROWS, CLASSES), TARGET, {"reduction": "none"}),
         (logits(CLASSES, ROWS).T, TARGET, {}),
-        (logits(ROWS, CLASSES).half(), TARGET, {}),
     ],
-    ids=["probabilities", "no rows", "none", "transposed", "half"],
+    ids=["probabilities", "no rows", "none", "transposed"],
 )
 def test_what_is_not_recognized_is_left_to_torch(
     z: Tensor, target: Tensor, options: dict[str, Any]
