@@ -102,7 +102,7 @@ class CrossEntropy(Function):
     def jvp(ctx: Any, along: Tensor, *_: Any) -> Any:
         z, *targets = ctx.saved_tensors
         own = Targets(*targets)
-        _, means = _product(z, along.contiguous(), own.sums)
+        means = _product(z, along.contiguous(), own.sums)[1]
         return (own.sums * means - own.along(along)).sum().to(_wide(z))
 
 
@@ -116,7 +116,8 @@ class CrossEntropyGradient(Function):
         own = Targets(*targets)
         gradient = torch.empty_like(z)
         for part in _pieces(z):
-            piece, rows = own.rows(part), F.softmax(z[part], 1, dtype=_wide(z))
+            piece = own.rows(part)
+            rows = F.softmax(z[part], 1, dtype=_wide(z))
             rows *= (seed * piece.sums)[:, None].to(rows.dtype)
             piece.subtract_from(rows, seed)
             gradient[part] = rows
