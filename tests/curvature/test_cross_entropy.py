@@ -267,13 +267,18 @@ def test_a_loss_that_ignores_tokens_weighs_as_before() -> None:
     torch.testing.assert_close(matrix, whole, rtol=1e-9, atol=1e-12)
 
 
-def arrays_at_most(run: Callable[[], object], size: int) -> float:
-    """The most memory that is allocated at once while `run` runs, over the bytes of one array."""
+def arrays_allocated(run: Callable[[], object], size: int) -> list[float]:
+    """The memory that is allocated from time to time while `run` runs, over that of one array."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(itertools.accumulate(sizes)) / size
+    return [total / size for total in itertools.accumulate(sizes)]
+
+
+def arrays_at_most(run: Callable[[], object], size: int) -> float:
+    """The most memory that is allocated at once while `run` runs, over that of one array."""
+    return max(arrays_allocated(run, size))
 
 
 @pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
@@ -284,16 +289,24 @@ def test_a_product_takes_few_arrays_of_the_size_of_the_logits(
     classes, rows, width = 4000, 64, 4
     head = nn.Linear(width, classes, bias=False)
     batch = torch.randn(rows, width), torch.randint(classes, (rows,))
-    most = {}
+    most, kept = {}, {}
     for least in (1, 1 << 30):
         monkeypatch.setattr(cross_entropy, "LEAST", least)
         operator = kind(head, nn.CrossEntropyLoss(), batch)
-        evaluation = operator._objective.evaluate(0, batch)
-        graph = graph_of(evaluation, operator.params)
+        operator._objective.evaluate(0, batch)  # with the checks of a first evaluation
+        graphs = []
+
+        def build(operator: Any = operator, graphs: list[Any] = graphs) -> None:
+            graphs.append(graph_of(operator._objective.evaluate(0, batch), operator.params))
+
+        kept[least == 1] = arrays_allocated(build, 4 * rows * classes)[-1]
+        (graph,) = graphs
         fused_here = least == 1
         assert not (fused_here and runs_python(graph.roots))
         v = [torch.randn_like(head.weight)]
         graph.product(v)
         most[fused_here] = arrays_at_most(lambda g=graph, v=v: g.product(v), 4 * rows * classes)
+    assert kept[True] < 1.3  # the logits
+    assert kept[False] > 1.8
     assert most[True] < 2.3
     assert most[False] > 4
