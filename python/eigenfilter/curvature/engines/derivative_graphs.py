@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._vmap_internals import _vmap
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from eigenfilter.curvature.loss.autograd_graph import Root, nodes, python_function, runs_python
@@ -150,17 +151,15 @@ def back(
     batched: bool,
 ) -> Products:
     """Return u^T d outputs / d inputs, keeping the graph; `batched`: for all u [b, ...] at once."""
-    used: list[bool] = []
 
-    def products(*u: Tensor) -> tuple[Tensor, ...]:
-        grads = torch.autograd.grad(outputs, inputs, u, retain_graph=True, allow_unused=True)
-        used[:] = [g is not None for g in grads]
-        return tuple(g for g in grads if g is not None)
+    def products(u: Tensors) -> Products:
+        return torch.autograd.grad(outputs, inputs, u, retain_graph=True, allow_unused=True)
 
+    # torch.autograd.grad(is_grads_batched=True) does the same, but does not take edges.
+    mapped = _vmap(products, 0, 0, allow_none_pass_through=True) if batched else products
     try:
         with noting_remedy(), without_hooks(t for t in inputs if isinstance(t, Tensor)):
-            found = iter((torch.vmap(products) if batched else products)(*u))
-            return dense([next(found) if is_used else None for is_used in used])
+            return dense(mapped(tuple(u)))
     except RuntimeError as error:
         if batched and _NO_BATCHING.search(str(error)):
             error.add_note("No vectorized backward: engine='cached_graph' goes vector by vector.")
