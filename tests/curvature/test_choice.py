@@ -61,7 +61,7 @@ def test_graphs_that_cannot_all_be_kept(
 ) -> None:
     model, x, target = make()
     data = DataLoader(TensorDataset(x, target), batch_size=8)
-    op = HessianOperator(model, nn.CrossEntropyLoss(), data, memory_budget=8_000)
+    op = HessianOperator(model, nn.CrossEntropyLoss(), data, memory_budget=7_000)
     pretend(monkeypatch, times)
     op.matvec(torch.ones(39, dtype=torch.float64))
     assert op.engine == expected
@@ -150,7 +150,7 @@ def test_the_warnings_of_a_model_are_its_own(
 
     model, x, target = make()
     data = DataLoader(TensorDataset(x, target), batch_size=8)
-    op = HessianOperator(model, loss_fn, data, memory_budget=8_000)
+    op = HessianOperator(model, loss_fn, data, memory_budget=7_000)
     pretend(monkeypatch, [1e-3, 1e-3, 1e-3])
     with caplog.at_level(logging.INFO, LOGGER), pytest.warns(UserWarning, match="deprecated"):
         op.matvec(torch.ones(39, dtype=torch.float64))

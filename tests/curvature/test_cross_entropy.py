@@ -127,14 +127,34 @@ def test_logits_may_be_parameters_and_no_other_subclass() -> None:
     assert not is_fused(fused(logits(ROWS, CLASSES).as_subclass(Marked).requires_grad_(), TARGET))
 
 
-def test_autocast_computes_in_float32() -> None:
-    z = logits(ROWS, CLASSES).bfloat16().requires_grad_()
-    assert not is_fused(fused(z, TARGET))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, expected = fused(z, TARGET), F.cross_entropy(z, TARGET)
-    assert is_fused(loss)
-    assert loss.dtype == expected.dtype == torch.float32
-    assert torch.allclose(loss, expected)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_half_precision_is_widened_in_pieces(
+    name: str, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Derivatives are those of float32 at the rounded logits, rounded once at the end."""
+    monkeypatch.setitem(cross_entropy._PIECE, "cpu", 2 * CLASSES)
+    half, u = logits(ROWS, CLASSES).to(dtype), logits(ROWS, CLASSES, seed=1).to(dtype)
+
+    def derivatives(dtype: torch.dtype) -> list[Tensor]:
+        options = dict(OPTIONS[name])
+        if "weight" in options:
+            options["weight"] = WEIGHT.to(half.dtype).to(torch.float32 if autocast else dtype)
+        z = half.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = fused(z, target_of(options), **options)
+            expected = F.cross_entropy(z, target_of(options), **options)
+        assert is_fused(loss)
+        assert loss.dtype == expected.dtype
+        (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+        products = torch.autograd.grad(gradient, z, u.to(dtype), retain_graph=True)
+        written_out = torch.autograd.grad(gradient, z, u.to(dtype), create_graph=True)
+        return [loss, gradient, *products, *written_out]
+
+    wide, rounded = derivatives(torch.float32), derivatives(dtype)
+    for ours, exact in zip(rounded, wide, strict=True):
+        torch.testing.assert_close(ours, exact.to(ours.dtype))
 
 
 @pytest.mark.parametrize(
@@ -144,9 +164,8 @@ def test_autocast_computes_in_float32() -> None:
         (logits(CLASSES), torch.tensor(3), {}),
         (logits(ROWS, CLASSES), TARGET, {"reduction": "none"}),
         (logits(CLASSES, ROWS).T, TARGET, {}),
-        (logits(ROWS, CLASSES).half(), TARGET, {}),
     ],
-    ids=["probabilities", "no rows", "none", "transposed", "half"],
+    ids=["probabilities", "no rows", "none", "transposed"],
 )
 def test_what_is_not_recognized_is_left_to_torch(
     z: Tensor, target: Tensor, options: dict[str, Any]
@@ -248,13 +267,18 @@ def test_a_loss_that_ignores_tokens_weighs_as_before() -> None:
     torch.testing.assert_close(matrix, whole, rtol=1e-9, atol=1e-12)
 
 
-def arrays_at_most(run: Callable[[], object], size: int) -> float:
-    """The most memory that is allocated at once while `run` runs, over the bytes of one array."""
+def arrays_allocated(run: Callable[[], object], size: int) -> list[float]:
+    """The memory that is allocated from time to time while `run` runs, over that of one array."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(itertools.accumulate(sizes)) / size
+    return [total / size for total in itertools.accumulate(sizes)]
+
+
+def arrays_at_most(run: Callable[[], object], size: int) -> float:
+    """The most memory that is allocated at once while `run` runs, over that of one array."""
+    return max(arrays_allocated(run, size))
 
 
 @pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
@@ -265,16 +289,24 @@ def test_a_product_takes_few_arrays_of_the_size_of_the_logits(
     classes, rows, width = 4000, 64, 4
     head = nn.Linear(width, classes, bias=False)
     batch = torch.randn(rows, width), torch.randint(classes, (rows,))
-    most = {}
+    most, kept = {}, {}
     for least in (1, 1 << 30):
         monkeypatch.setattr(cross_entropy, "LEAST", least)
         operator = kind(head, nn.CrossEntropyLoss(), batch)
-        evaluation = operator._objective.evaluate(0, batch)
-        graph = graph_of(evaluation, operator.params)
+        operator._objective.evaluate(0, batch)  # with the checks of a first evaluation
+        graphs = []
+
+        def build(operator: Any = operator, graphs: list[Any] = graphs) -> None:
+            graphs.append(graph_of(operator._objective.evaluate(0, batch), operator.params))
+
+        kept[least == 1] = arrays_allocated(build, 4 * rows * classes)[-1]
+        (graph,) = graphs
         fused_here = least == 1
         assert not (fused_here and runs_python(graph.roots))
         v = [torch.randn_like(head.weight)]
         graph.product(v)
         most[fused_here] = arrays_at_most(lambda g=graph, v=v: g.product(v), 4 * rows * classes)
+    assert kept[True] < 1.3  # the logits
+    assert kept[False] > 1.8
     assert most[True] < 2.3
     assert most[False] > 4

@@ -109,7 +109,7 @@ def test_coupled_samples_cannot_be_split(name: str) -> None:
         (x, target),
         mode="train",
         engine="microbatched",
-        memory_budget=8_000,
+        memory_budget=5_000,
     )
     with pytest.raises(ValueError, match=r"samples are coupled.*choose another engine"):
         op.matvec(torch.ones(op.shape[0], dtype=torch.float64))

@@ -5,6 +5,7 @@ Operators see models; solvers see only operators.
 
 from __future__ import annotations
 
+from eigenfilter.curvature.loss.linear_cross_entropy import LinearLogits, linear_cross_entropy
 from eigenfilter.curvature.operators.base import CurvatureOperator
 from eigenfilter.curvature.operators.fisher import EmpiricalFisherOperator
 from eigenfilter.curvature.operators.ggn import GGNOperator
@@ -30,6 +31,7 @@ __all__ = [
     "Estimate",
     "GGNOperator",
     "HessianOperator",
+    "LinearLogits",
     "SpectralDensity",
     "SpectrumBound",
     "SpectrumBounds",
@@ -37,6 +39,7 @@ __all__ = [
     "diagonal",
     "eigsh",
     "eigsh_cost",
+    "linear_cross_entropy",
     "log_determinant",
     "spectral_density",
     "spectrum_bounds",

@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._vmap_internals import _vmap
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from eigenfilter.curvature.loss.autograd_graph import nodes, python_function, runs_python
+from eigenfilter.curvature.loss.autograd_graph import Root, nodes, python_function, runs_python
 from eigenfilter.curvature.loss.batch_sources import UnusableModelError
 from eigenfilter.curvature.loss.first_derivatives import (
     NO_INPUT_GRADIENT,
@@ -49,7 +51,7 @@ class HessianGraph:
         self._params = params
         self._around = _around(evaluation, evaluation.value)
         self._gradient = _Derivative(evaluation.value, params)
-        self.roots = [evaluation.value, *self._gradient.outputs]
+        self.roots: list[Root] = [evaluation.value, *self._gradient.outputs]
 
     def product(self, v: Tensors, *, batched: bool = False) -> Products:
         """Return H v in pieces; with `batched`, for all vectors [b, ...] at once."""
@@ -74,7 +76,7 @@ class Pullback:
         phi = evaluation.outer(self._point)
         self._around = _around(evaluation, self._z, phi)
         self._gradient = _Derivative(phi, [self._point])
-        self.roots = [self._z, phi, *self._gradient.outputs]
+        self.roots: list[Root] = [self._z, phi, *self._gradient.outputs]
 
     def __call__(self, u: Tensor, *, batched: bool = False) -> Products:
         """Return J^T phi''(z) u in pieces; with `batched`, for all u [b, ...] at once."""
@@ -106,9 +108,11 @@ class GaussNewtonGraph:
         self._pullback = Pullback(evaluation, params)
         z = evaluation.value
         # Any u without zeros that is not constant, because J^T u of a softmax vanishes for those.
-        self._u = torch.linspace(1, 2, z.numel(), dtype=z.dtype, device=z.device).view_as(z)
-        self._transpose = _Derivative(z, params, self._u.requires_grad_())
-        self.roots = [*self._pullback.roots, *self._transpose.outputs]
+        u = torch.linspace(1, 2, z.numel(), dtype=z.dtype, device=z.device).view_as(z)
+        u = u + u.new_zeros((), requires_grad=True)  # the graph keeps the memory of a leaf
+        self._transpose = _Derivative(z, params, u)
+        self._u = get_gradient_edge(u)
+        self.roots: list[Root] = [*self._pullback.roots, *self._transpose.outputs]
 
     def product(self, v: Tensors, *, batched: bool = False) -> Products:
         """Return the product in pieces; with `batched`, for all vectors [b, ...] at once."""
@@ -139,20 +143,23 @@ def graph_of(evaluation: Evaluation, params: Tensors) -> Graph:
         return kind(evaluation, params)
 
 
-def back(outputs: Tensors, inputs: Tensors, u: Tensors, *, batched: bool) -> Products:
+def back(
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
+    u: Tensors,
+    *,
+    batched: bool,
+) -> Products:
     """Return u^T d outputs / d inputs, keeping the graph; `batched`: for all u [b, ...] at once."""
+
+    def products(u: Tensors) -> Products:
+        return torch.autograd.grad(outputs, inputs, u, retain_graph=True, allow_unused=True)
+
+    # torch.autograd.grad(is_grads_batched=True) does the same, but does not take edges.
+    mapped = _vmap(products, 0, 0, allow_none_pass_through=True) if batched else products
     try:
-        with noting_remedy(), without_hooks(inputs):
-            return dense(
-                torch.autograd.grad(
-                    outputs,
-                    inputs,
-                    u,
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=batched,
-                )
-            )
+        with noting_remedy(), without_hooks(t for t in inputs if isinstance(t, Tensor)):
+            return dense(mapped(tuple(u)))
     except RuntimeError as error:
         if batched and _NO_BATCHING.search(str(error)):
             error.add_note("No vectorized backward: engine='cached_graph' goes vector by vector.")
@@ -188,7 +195,7 @@ def noting_remedy() -> Iterator[None]:
 
 
 class _Derivative:
-    """d<seed, output> / d inputs, with its graph."""
+    """The graph of d<seed, output> / d inputs, without the memory of these derivatives."""
 
     def __init__(self, output: Tensor, inputs: Tensors, seed: Tensor | None = None) -> None:
         """Differentiate; `seed` must require grad, and is 1 by default.
@@ -203,10 +210,17 @@ class _Derivative:
             grads = dense(
                 torch.autograd.grad(output, inputs, seed, create_graph=True, allow_unused=True)
             )
-        self._active = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self.outputs = [g for g in grads if g is not None and g.requires_grad]
+        active = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
+        self._active = [i for i, _ in active]
+        self.outputs = [get_gradient_edge(g) for _, g in active]
 
-    def back(self, v: Tensors, inputs: Tensors, *, batched: bool) -> Products:
+    def back(
+        self,
+        v: Tensors,
+        inputs: Sequence[Tensor] | Sequence[GradientEdge],
+        *,
+        batched: bool,
+    ) -> Products:
         """Return d<v, this derivative> / d inputs."""
         if not self.outputs:
             return [None] * len(inputs)

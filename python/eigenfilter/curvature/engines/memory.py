@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from eigenfilter.curvature.loss.autograd_graph import saved_tensors
+from eigenfilter.curvature.loss.autograd_graph import Root, saved_tensors
 
 _SHARE = 0.5  # the part of free memory that graphs may take by default
 
@@ -24,7 +24,7 @@ def default_budget(device: torch.device) -> int:
     return int(_SHARE * (free + cached))
 
 
-def graph_bytes(roots: Iterable[Tensor], excluded: Iterable[Tensor]) -> int:
+def graph_bytes(roots: Iterable[Root], excluded: Iterable[Tensor]) -> int:
     """Return the bytes that the graph behind `roots` keeps alive, without those of `excluded`."""
     counted = {t.untyped_storage()._cdata for t in excluded}
     total = 0

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+Root = Tensor | GradientEdge  # an edge keeps the graph of a tensor alive, and not its memory
 
 _saved_names: dict[type, tuple[str, ...]] = {}  # node type -> its attributes of saved tensors
 
 
-def nodes(roots: Iterable[Tensor]) -> Iterator[Any]:
+def nodes(roots: Iterable[Root]) -> Iterator[Any]:
     """Yield the nodes of the graph behind `roots`, each once."""
-    yield from nodes_below(t.grad_fn for t in roots)
+    yield from nodes_below(r.grad_fn if isinstance(r, Tensor) else r.node for r in roots)
 
 
 def nodes_below(starts: Iterable[Any]) -> Iterator[Any]:
@@ -36,21 +39,21 @@ def python_function(node: Any) -> bool:
     return is_python and not getattr(type(node)._forward_cls, "is_recorded", False)
 
 
-def saved_tensors(roots: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the tensors that the graph keeps alive, `roots` first; some may come several times.
+def saved_tensors(roots: Iterable[Root]) -> Iterator[Tensor]:
+    """Yield the tensors that the graph keeps alive, those of `roots` first; some several times.
 
     Tensors behind saved-tensor hooks (torch.utils.checkpoint) are left out, because unpacking them
     would run the forward pass again.
     """
     roots = list(roots)
-    yield from roots
+    yield from (root for root in roots if isinstance(root, Tensor))
     for node in nodes(roots):
         for saved in _saved(node):
             if saved.unpack_hook is None and isinstance(saved.data, Tensor):
                 yield saved.data
 
 
-def runs_python(roots: Iterable[Tensor]) -> bool:
+def runs_python(roots: Iterable[Root]) -> bool:
     """Whether backward runs Python code, a Function or a hook, which may call modules again."""
     return any(
         python_function(node) or any(saved.unpack_hook is not None for saved in _saved(node))

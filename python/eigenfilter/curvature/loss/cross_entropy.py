@@ -9,7 +9,7 @@ loss, its gradient and a product with its Hessian are
     - sum_i q_i . log p_i,    s_i p_i - q_i,    s_i (p_i u_i - (p_i . u_i) p_i)
 
 where s_i is the sum of q_i, and q_i consists of a_i for the target class and of b_i w_c for every
-class c of weight w_c.
+class c of weight w_c. Logits in bfloat16 or float16 are widened to float32 in pieces.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Targets(NamedTuple):
         sums: s [n], float64; 0 for an ignored row.
         picks: a [n], float64.
         spreads: b [n], float64; None for zeros.
-        weights: w [c], of the logits' dtype; None for ones.
+        weights: w [c], of the logits' dtype, or float32; None for ones.
     """
 
     classes: Tensor
@@ -54,10 +54,17 @@ class Targets(NamedTuple):
         """Return q_i . u_i [n], in float64, for u [n, c]."""
         result = self.picks * u.gather(1, self.classes[:, None])[:, 0]
         if self.spreads is not None:
-            result = result + self.spreads * (u if self.weights is None else u * self.weights).sum(
-                1
-            )
+            weighted = u if self.weights is None else u * self.weights
+            result = result + self.spreads * weighted.sum(1, dtype=_wide(u))
         return result
+
+    def subtract_from(self, rows: Tensor, seed: Tensor | float = 1.0) -> None:
+        """Subtract seed q_i from each row [n, c]."""
+        if self.spreads is not None:
+            spread = (seed * self.spreads)[:, None].to(rows.dtype)
+            rows -= spread if self.weights is None else spread * self.weights
+        picks = (seed * self.picks)[:, None].to(rows.dtype)
+        rows.scatter_add_(1, self.classes[:, None], -picks)
 
     def rows(self, part: slice) -> Targets:
         """Return the targets of some rows."""
@@ -67,7 +74,7 @@ class Targets(NamedTuple):
 
 
 class CrossEntropy(Function):
-    """The loss of logits z [n, c], a tensor []; the arguments are z and those of `Targets`."""
+    """The loss of logits z [n, c], a tensor [], float32 at least; z and the fields of `Targets`."""
 
     is_recorded = True
 
@@ -77,9 +84,9 @@ class CrossEntropy(Function):
         losses = torch.empty_like(own.sums)
         for part in _pieces(z):
             piece = own.rows(part)
-            loss = -piece.along(F.log_softmax(z[part], 1))
+            loss = -piece.along(F.log_softmax(z[part], 1, dtype=_wide(z)))
             losses[part] = loss.where(piece.sums != 0, 0)
-        return losses.sum().to(z.dtype)
+        return losses.sum().to(_wide(z))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -95,8 +102,8 @@ class CrossEntropy(Function):
     def jvp(ctx: Any, along: Tensor, *_: Any) -> Any:
         z, *targets = ctx.saved_tensors
         own = Targets(*targets)
-        _, means = _Product.apply(z, along.contiguous(), own.sums)
-        return (own.sums * means - own.along(along)).sum().to(z.dtype)
+        means = _product(z, along.contiguous(), own.sums)[1]
+        return (own.sums * means - own.along(along)).sum().to(_wide(z))
 
 
 class CrossEntropyGradient(Function):
@@ -109,14 +116,11 @@ class CrossEntropyGradient(Function):
         own = Targets(*targets)
         gradient = torch.empty_like(z)
         for part in _pieces(z):
-            piece, rows = own.rows(part), gradient[part]
-            torch.softmax(z[part], 1, out=rows)
-            rows *= (seed * piece.sums)[:, None].to(z.dtype)
-            if piece.spreads is not None:
-                spread = (seed * piece.spreads)[:, None].to(z.dtype)
-                rows -= spread if piece.weights is None else spread * piece.weights
-            picks = (seed * piece.picks)[:, None].to(z.dtype)
-            rows.scatter_add_(1, piece.classes[:, None], -picks)
+            piece = own.rows(part)
+            rows = F.softmax(z[part], 1, dtype=_wide(z))
+            rows *= (seed * piece.sums)[:, None].to(rows.dtype)
+            piece.subtract_from(rows, seed)
+            gradient[part] = rows
         return gradient
 
     @staticmethod
@@ -132,8 +136,11 @@ class CrossEntropyGradient(Function):
         z, seed, *targets = ctx.saved_tensors
         own = Targets(*targets)
         # If this is differentiated again, it must be by operations that all have derivatives.
-        multiply = _written_out if torch.is_grad_enabled() else _Product.apply
-        product, means = multiply(z, u.contiguous(), seed * own.sums)
+        multiply = _written_out if torch.is_grad_enabled() else _product
+        # A row of scale 0 would be left out with its mean, which the derivative in the seed needs.
+        scales = seed * own.sums
+        scales = scales.where((scales != 0) | (own.sums == 0), torch.finfo(scales.dtype).tiny)
+        product, means = multiply(z, u.contiguous(), scales)
         along = None
         if ctx.needs_input_grad[1]:
             along = (own.sums * means - own.along(u)).sum().to(seed.dtype)
@@ -144,7 +151,7 @@ class CrossEntropyGradient(Function):
         z, seed, *targets = ctx.saved_tensors
         result = None
         if along is not None:
-            result, _means = _Product.apply(z, along.contiguous(), seed * targets[1])
+            result, _means = _product(z, along.contiguous(), seed * targets[1])
         if change is not None:
             of_seed = CrossEntropyGradient.apply(z, change, *targets)
             result = of_seed if result is None else result + of_seed
@@ -161,42 +168,62 @@ torch.library.define(
 
 @torch.library.impl("eigenfilter::cross_entropy_product", "CompositeExplicitAutograd")
 def _multiply(logits: Tensor, u: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    return kernels.cross_entropy_hvp(logits, u.contiguous(), scales)
+    if logits.dtype == _wide(logits):
+        return kernels.cross_entropy_hvp(logits, u.contiguous(), scales)
+    product, means = torch.empty_like(logits), torch.empty_like(scales)
+    for part in _pieces(logits):
+        z, v = logits[part].float(), u[part].float()
+        product[part], means[part] = kernels.cross_entropy_hvp(z, v, scales[part], out=v)
+    return product, means
 
 
-class _Product(Function):
-    """The product of a fused kernel, and the means p_i . u_i; it has no derivative."""
+class Product(Function):
+    """The product of a Hessian with a vector, by an operator of torch; it has no derivative."""
 
     @staticmethod
-    def forward(z: Tensor, u: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        product: tuple[Tensor, Tensor] = torch.ops.eigenfilter.cross_entropy_product(z, u, scales)
-        return product
+    def forward(operator: Any, *args: Any) -> Any:
+        return operator(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         """Multiply vector by vector: of large logits each fills the kernel by itself."""
-        each = [
-            [t] * info.batch_size if dim is None else t.movedim(dim, 0).unbind()
-            for t, dim in zip(inputs, in_dims, strict=True)
-        ]
-        results = [
-            _Product.apply(*(t.contiguous() for t in one)) for one in zip(*each, strict=True)
-        ]
-        products, means = zip(*results, strict=True)
-        return (torch.stack(products), torch.stack(means)), (0, 0)
+
+        def one(index: int) -> Any:
+            return Product.apply(
+                *(
+                    t.select(dim, index).contiguous() if isinstance(dim, int) else t
+                    for t, dim in zip(inputs, in_dims, strict=True)
+                )
+            )
+
+        each = zip(*map(one, range(info.batch_size)), strict=True)
+        results = tuple(torch.stack(products) for products in each)
+        return results, (0,) * len(results)
+
+
+def _product(z: Tensor, u: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the product of a fused kernel, and the means p_i . u_i."""
+    operator = torch.ops.eigenfilter.cross_entropy_product
+    product: tuple[Tensor, Tensor] = Product.apply(operator, z, u, scales)
+    return product
 
 
 def _written_out(z: Tensor, u: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `_Product` does, by operations of torch."""
-    p = z.softmax(1)
+    """Return what `_product` does, by operations of torch."""
+    p = z.softmax(1, dtype=_wide(z))
     product = p * u
     means = product.sum(1)
-    result = scales[:, None].to(z.dtype) * (product - means[:, None] * p)
-    return result.where(scales[:, None] != 0, 0), means.double()
+    result = scales[:, None].to(p.dtype) * (product - means[:, None] * p)
+    return result.where(scales[:, None] != 0, 0).to(z.dtype), means.double()
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    """Return the dtype of arithmetic."""
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def _pieces(z: Tensor) -> Iterator[slice]:
@@ -242,28 +269,48 @@ def _fused(
     if size_average is not None or reduce is not None or not 0 <= label_smoothing <= 1:
         return None
     rows = _rows_of(input, target)
-    if rows is None or reduction not in ("mean", "sum") or not _fits(weight, rows[0]):
+    if rows is None or reduction not in ("mean", "sum"):
         return None
     z, classes = rows
+    wide = torch.is_autocast_enabled(z.device.type)  # then torch's function computes in float32
+    if weight is not None and wide:
+        weight = weight.to(_wide(z))
+    if not _fits(weight, z, wide):
+        return None
+    targets, _, count = distributions(
+        classes, z.shape[1], weight, ignore_index, reduction, label_smoothing
+    )
+    loss: Tensor = CrossEntropy.apply(z, *targets)
+    loss = loss if wide else loss.to(z.dtype)
+    return loss if reduction == "sum" else loss.where(count != 0, torch.nan)  # the mean of nothing
+
+
+def distributions(
+    classes: Tensor,
+    columns: int,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> tuple[Targets, Tensor, Tensor]:
+    """Return what options make of target classes [n], the shares of rows [n], and their number.
+
+    The loss is the sum over rows of their shares times their negative log-likelihoods, if labels
+    are not smoothed. The number of rows [], weighted, is what a mean divides by.
+    """
     counts = classes != ignore_index
     classes = classes.where(counts, 0)
-    own = 1.0 if weight is None else weight.double()[classes]
-    picks = (1 - label_smoothing) * own * counts.double()
-    spreads = label_smoothing / z.shape[1] * counts.double() if label_smoothing else None
-    total = z.shape[1] if weight is None else weight.double().sum()
+    kept = counts.double()
+    shares = kept if weight is None else kept * weight.double()[classes]
+    count = shares.sum()
+    if reduction == "mean":
+        divisor = count.where(count != 0, 1)
+        kept, shares = kept / divisor, shares / divisor
+    picks = (1 - label_smoothing) * shares
+    spreads = label_smoothing / columns * kept if label_smoothing else None
+    total = columns if weight is None else weight.double().sum()
     sums = picks if spreads is None else picks + spreads * total
-    if reduction == "sum":
-        return _apply(z, Targets(classes, sums, picks, spreads, weight))
-    count = (own * counts).sum()
-    divisor = count.where(count != 0, 1)
-    spreads = None if spreads is None else spreads / divisor
-    loss = _apply(z, Targets(classes, sums / divisor, picks / divisor, spreads, weight))
-    return loss.where(count != 0, torch.nan)  # the mean of nothing
-
-
-def _apply(z: Tensor, targets: Targets) -> Tensor:
-    loss: Tensor = CrossEntropy.apply(z, *targets)
-    return loss
+    return Targets(classes, sums, picks, spreads, weight), shares, count
 
 
 def _rows_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -275,10 +322,8 @@ def _rows_of(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     if logits.ndim < 2 or logits.numel() < LEAST:
         return None
-    if logits.itemsize == 2 and torch.is_autocast_enabled(device):
-        logits = logits.float()  # as autocast does for torch's function
     z = logits.movedim(1, -1)
-    if z.dtype not in (torch.float32, torch.float64) or z.shape[:-1] != target.shape:
+    if not z.is_floating_point() or z.itemsize < 2 or z.shape[:-1] != target.shape:
         return None
     if not z.is_contiguous():
         return None
@@ -296,12 +341,12 @@ def _is_batched(*tensors: Tensor) -> bool:
     return False
 
 
-def _fits(weight: Tensor | None, z: Tensor) -> bool:
+def _fits(weight: Tensor | None, z: Tensor, wide: bool) -> bool:
     """Whether class weights are constants that torch's function takes with these logits."""
     return weight is None or (
         type(weight) in _PLAIN
         and not weight.requires_grad
         and weight.shape == z.shape[1:]
-        and (weight.dtype, weight.device) == (z.dtype, z.device)
+        and (weight.dtype, weight.device) == (_wide(z) if wide else z.dtype, z.device)
         and not _is_batched(weight)
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from eigenfilter.curvature.loss.linear_cross_entropy import LinearLogits
 from eigenfilter.curvature.loss.objective import Outer, one_number
 from eigenfilter.curvature.operators.base import CurvatureOperator
 
@@ -20,7 +21,7 @@ class GGNOperator(CurvatureOperator):
     target). H_L comes from differentiating `loss_fn`, which may be any loss. C_b is positive
     semidefinite if L is convex in z. It equals the Hessian where z is linear in x or dL/dz = 0, and
     the Fisher matrix for losses that are the negative log-likelihood of a natural parameter, such
-    as the square loss and cross-entropy.
+    as the square loss and cross-entropy. The output may be `LinearLogits`, which are not formed.
 
     L is a function of z alone, so that parameters of `loss_fn` cannot be among `params`. Arguments,
     attributes and other errors are those of `CurvatureOperator`. With engine="finite_difference"
@@ -53,6 +54,8 @@ class GGNOperator(CurvatureOperator):
         def outer(z: Tensor) -> Tensor:
             return one_number(loss_fn(z, target))
 
+        if isinstance(output, LinearLogits):
+            return output.variables(), lambda y: one_number(loss_fn(output.at(y), target))
         return tensor_output(output), outer
 
     def _own_parameters(self) -> Iterator[nn.Parameter]:
