@@ -5,6 +5,7 @@ Operators see models; solvers see only operators.
 
 from __future__ import annotations
 
+from eigenfilter.curvature.language_models import causal_lm
 from eigenfilter.curvature.operators.base import CurvatureOperator
 from eigenfilter.curvature.operators.fisher import EmpiricalFisherOperator
 from eigenfilter.curvature.operators.ggn import GGNOperator
@@ -34,6 +35,7 @@ __all__ = [
     "SpectrumBound",
     "SpectrumBounds",
     "SymmetricOperator",
+    "causal_lm",
     "diagonal",
     "eigsh",
     "eigsh_cost",
