@@ -30,6 +30,9 @@ from eigenfilter.integrations.transformers import SharpnessAwareTrainer, Sharpne
 
 __all__ = ["fresh_state"]
 
+# By PEFT.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
 LR = 0.01
 ADAMW = {"optim": "adamw_torch", "learning_rate": LR, "max_steps": 6}
 PROBE = [batch_of(samples()[:8]), batch_of(samples()[8:11])]
