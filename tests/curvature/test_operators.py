@@ -268,7 +268,6 @@ def arguments() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"params": frozen.parameters(), "model": frozen}, r"requires grad, of 4: call"
     yield {"params": first}, r"pass \[p\] for one"
     yield {"params": model.named_parameters()}, r"as model\.parameters\(\) gives, not tuple"
-    yield {"params": dict(model.named_parameters())}, r"model\.parameters\(\) gives, not str"
     yield {"model": model.forward}, "model must be a torch.nn.Module, not method"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def select(
     """
     if isinstance(params, Tensor):
         raise ValueError("params must be parameters in a list or iterator: pass [p] for one")
-    candidates = [params] if isinstance(params, str) else list(params)
+    candidates: list[Any] = [params] if isinstance(params, str) else list(params)
     patterns = [item for item in candidates if isinstance(item, str)]
     if patterns and len(patterns) == len(candidates):
         candidates = _matching(patterns, model)
