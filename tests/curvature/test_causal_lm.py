@@ -391,4 +391,4 @@ def test_the_page_runs(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     printed = run_page(ROOT / "docs" / "language_models.md", tmp_path)
     assert "block 1: " in printed
-    assert re.search(r"adapters: 640 parameters, eigenvalues -\d\.\d+ to \d", printed)
+    assert re.search(r"adapters: 512 parameters, eigenvalues -\d\.\d+ to \d", printed)
