@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def test_another_operator(tmp_path: Path) -> None:
 
 
 def checks_of_a_rank(rank: int, folder: Path) -> tuple[list[float], float]:
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")  # by PEFT
     with launched(rank, 2):
         callback = SharpnessCallback(PROBE[rank], every=3, tol=1e-5)
         options = {"per_device_train_batch_size": 1, "ddp_find_unused_parameters": False}
