@@ -2,12 +2,14 @@
 
     python examples/transformers_lora.py
     python examples/transformers_lora.py --method usam --rho 2.0
+    python examples/transformers_lora.py --steps 1000 --every 500
 
 Nothing is downloaded. The text is Python's language reference, which comes with Python itself for
 `help()` (pydoc_data.topics); the model is a GPT-2 of 2 layers that predicts characters. It is first
 trained on the pages about the language, with Transformers' Trainer. Then adapters are fine-tuned on
 the page about the debugger, twice from the same start. The end is the sharpness of both runs: the
-largest eigenvalue of the Hessian of the fine-tuning loss, in the parameters of the adapters.
+largest eigenvalue of the Hessian of the fine-tuning loss, in the parameters of the adapters. With
+--every it is also followed during the first run, for AdamW's preconditioner, beside its edge.
 
 Needs transformers, accelerate and peft.
 """
@@ -17,17 +19,18 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
+import time
 from pydoc_data.topics import topics
 from typing import Any
 
 import peft
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 import eigenfilter as ef
 from eigenfilter import curvature
-from eigenfilter.integrations.transformers import SharpnessAwareTrainer
+from eigenfilter.integrations.transformers import SharpnessAwareTrainer, SharpnessCallback
 
 FINE_TUNED = "debugger"  # the page about pdb
 LENGTH = 64  # characters in a sequence
@@ -91,22 +94,21 @@ def train(
     return float(losses[-1])
 
 
-def next_characters(model: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """What the model predicts for each character but the first, and the characters."""
-    return model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
-
-
 def sharpness(model: Any, data: list[dict[str, Tensor]], samples: int) -> float:
     """The largest eigenvalue of the Hessian in the adapters, over the first samples."""
     rows = torch.stack([row["input_ids"] for row in data[:samples]])
-    operator = curvature.HessianOperator(
-        model,
-        nn.CrossEntropyLoss(),
-        list(rows.split(32)),
-        params=[p for p in model.parameters() if p.requires_grad],
-        forward=next_characters,
-    )
+    operator = curvature.causal_lm(model, [{"input_ids": part} for part in rows.split(32)])
     return float(curvature.eigsh(operator, k=1, tol=1e-2).values[0])
+
+
+def follow(data: list[dict[str, Tensor]], every: int) -> SharpnessCallback:
+    """The callback that prints the sharpness at every so many steps, on a probe of one step."""
+
+    def show(check: ef.monitor.SharpnessCheck) -> None:
+        print(f"  step {check.step}: sharpness {check.sharpness:.4g}, edge {check.edge:.4g}")
+
+    probe = {"input_ids": torch.stack([row["input_ids"] for row in data[:16]])}
+    return SharpnessCallback(probe, every, tol=1e-2, callback=show)
 
 
 def main() -> None:
@@ -121,6 +123,7 @@ def main() -> None:
     add("--steps", type=int, default=100, help="steps of each fine-tuning (%(default)s)")
     add("--first-steps", type=int, default=300, help="steps before it (%(default)s)")
     add("--samples", type=int, default=128, help="sequences for the sharpness (%(default)s)")
+    add("--every", type=int, default=0, help="steps between checks in the first run; 0: none")
     add("--seed", type=int, default=0, help="seed of everything (%(default)s)")
     options = parser.parse_args()
 
@@ -140,6 +143,8 @@ def main() -> None:
     for name, arguments in methods.items():
         print(f"Fine-tuning on the page about pdb: {name}", flush=True)
         adapted = add_adapters(model, options.rank, options.seed)
+        watch = [follow(data, options.every)] if options.every and not results else []
+        start = time.perf_counter()
         loss = train(
             SharpnessAwareTrainer,
             adapted,
@@ -148,8 +153,12 @@ def main() -> None:
             3e-3,
             max_steps=options.steps,
             optimizer_cls_and_kwargs=(ef.AdamW, arguments),
+            callbacks=watch,
         )
-        results.append((name, loss, sharpness(adapted.eval(), data, options.samples)))
+        for callback in watch:
+            checks = sum(check.seconds for check in callback.monitor.history)
+            print(f"  the checks took {checks / (time.perf_counter() - start):.1%} of the time")
+        results.append((name, loss, sharpness(adapted, data, options.samples)))
     for name, loss, value in results:
         print(f"{name}: loss {loss:.3f}, sharpness {value:.2f}")
 

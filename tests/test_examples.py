@@ -47,6 +47,7 @@ def test_lora_with_sam_ends_flatter() -> None:
     for package in ("transformers", "accelerate", "peft"):
         pytest.importorskip(package)
     tiny = ["--first-steps", "30", "--steps", "15", "--samples", "32", "--rho", "0.3"]
+    tiny += ["--every", "6"]
     script = str(EXAMPLES / "transformers_lora.py")
     process = subprocess.run(
         [sys.executable, script, *tiny], check=True, capture_output=True, text=True
@@ -55,6 +56,7 @@ def test_lora_with_sam_ends_flatter() -> None:
     (loss, sharpness), (loss_of_sam, sharpness_of_sam) = [tuple(map(float, run)) for run in runs]
     assert loss_of_sam == pytest.approx(loss, abs=0.1)
     assert 0 < sharpness_of_sam < 0.8 * sharpness
+    assert re.findall(r"^  step (\d+): sharpness \d", process.stdout, re.M) == ["6", "12"]
 
 
 def row(sharpness: float, gradients: float, **options: Any) -> dict[str, Any]:

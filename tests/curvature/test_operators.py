@@ -237,6 +237,8 @@ def arguments() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"reduction": "sum", "weight": len}, "weight has no meaning"
     yield {"params": []}, "no parameter requires grad"
     yield {"params": [first, first]}, "lists a parameter twice"
+    yield {"params": ["0.*", first]}, "must be parameters, .* not Parameter, str"
+    yield {"params": "3.w"}, r"name matches '3\.w', of 4 such as 0\.weight, 0\.bias, 3\.weight"
     yield {"params": copy.deepcopy(model).parameters()}, "not a parameter of the model"
     yield {"model": mixed}, r"float32 on cpu, torch\.float64 on cpu"
     yield {"model": complex_}, "real and floating"
@@ -266,7 +268,6 @@ def arguments() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"params": frozen.parameters(), "model": frozen}, r"requires grad, of 4: call"
     yield {"params": first}, r"pass \[p\] for one"
     yield {"params": model.named_parameters()}, r"as model\.parameters\(\) gives, not tuple"
-    yield {"params": dict(model.named_parameters())}, r"model\.parameters\(\) gives, not str"
     yield {"model": model.forward}, "model must be a torch.nn.Module, not method"
 
 

@@ -5,6 +5,7 @@ Operators see models; solvers see only operators.
 
 from __future__ import annotations
 
+from eigenfilter.curvature.language_models import causal_lm
 from eigenfilter.curvature.loss.linear_cross_entropy import LinearLogits, linear_cross_entropy
 from eigenfilter.curvature.operators.base import CurvatureOperator
 from eigenfilter.curvature.operators.fisher import EmpiricalFisherOperator
@@ -36,6 +37,7 @@ __all__ = [
     "SpectrumBound",
     "SpectrumBounds",
     "SymmetricOperator",
+    "causal_lm",
     "diagonal",
     "eigsh",
     "eigsh_cost",

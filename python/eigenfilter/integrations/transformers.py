@@ -9,20 +9,29 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from eigenfilter.curvature import CurvatureOperator, causal_lm
 from eigenfilter.integrations import _window
 from eigenfilter.integrations._batches import copy_of
 from eigenfilter.integrations._extras import imports_of
 from eigenfilter.integrations.accelerate import AcceleratedWindow, optimizer_of, refuse
+from eigenfilter.monitor import SharpnessCheck, SharpnessMonitor
 from eigenfilter.optimizers.base import EigenfilterOptimizer
 from eigenfilter.optimizers.wrapper import SharpnessAware
 from eigenfilter.schedulers import RhoScheduler
 
 with imports_of("transformers"):
+    from accelerate.optimizer import AcceleratedOptimizer
     from transformers import Trainer, TrainerCallback
 
-__all__ = ["RhoSchedulerCallback", "SharpnessAwareMixin", "SharpnessAwareTrainer"]
+__all__ = [
+    "RhoSchedulerCallback",
+    "SharpnessAwareMixin",
+    "SharpnessAwareTrainer",
+    "SharpnessCallback",
+]
 
 
 _FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -238,6 +247,61 @@ class RhoSchedulerCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the rho of the next step."""
         self._scheduler.step()
+
+
+class SharpnessCallback(TrainerCallback):  # type: ignore[misc]
+    """Measures the sharpness during a training, with a `SharpnessMonitor` of the Trainer's steps.
+
+        probe = collator(list(dataset)[:32])  # the same for all checks
+        trainer = Trainer(model, args, callbacks=[SharpnessCallback(probe, every=500)], ...)
+        trainer.train()
+
+    The Trainer may be any, and so may its optimizer: for AdamW, of torch or of eigenfilter, the
+    sharpness is that of the preconditioned Hessian, see `SharpnessMonitor`. Each check is a line in
+    `trainer.state.log_history`, with "sharpness" and "edge". A training that resumes continues the
+    count of steps.
+
+    Args:
+        probe: batches of a causal language model, see `eigenfilter.curvature.causal_lm`. Each
+            process may have its own: the loss is the mean over all.
+        every: number of steps of the optimizer from one check to the next, >= 1.
+        operator: function (model, probe, process_group=group) -> Hessian in the parameters that are
+            trained. The default is `causal_lm`; the model is the one that was given to the Trainer.
+        options: tol, on_edge, log, writer, callback and seed of `SharpnessMonitor`.
+
+    Attributes:
+        monitor: the `SharpnessMonitor` of the last training, with its `history`.
+    """
+
+    monitor: SharpnessMonitor
+
+    def __init__(
+        self,
+        probe: Any,
+        every: int = 500,
+        *,
+        operator: Callable[..., CurvatureOperator] = causal_lm,
+        **options: Any,
+    ) -> None:
+        self._probe, self._operator = probe, operator
+        self._options = {"every": every, **options}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make the monitor, at the step at which the training begins."""
+        optimizer = kwargs["optimizer"]
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        group = dist.group.WORLD if dist.is_initialized() else None
+        op = self._operator(kwargs["model"], self._probe, process_group=group)
+        self.monitor = SharpnessMonitor(op, optimizer, **self._options)
+        self.monitor.load_state_dict({"steps": state.global_step, "vector": None})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step, and check if it is time."""
+        check: SharpnessCheck | None = self.monitor.step()
+        if check is not None:
+            shown = {"sharpness": check.sharpness, "edge": check.edge, "step": check.step}
+            state.log_history.append(shown)
 
 
 class _PreparedInputs:

@@ -218,7 +218,8 @@ def _check_batch(batch: Any, *, pairs: bool) -> None:
         remedy = ""
         if isinstance(batch, Mapping):
             remedy = (
-                ". Say how it is read: forward=lambda model, batch: (output, target), as "
+                ". For a causal language model call curvature.causal_lm(model, batches). Or say "
+                "how it is read: forward=lambda model, batch: (output, target), as "
                 "(model(**inputs).logits, batch['labels']); or loss_fn=lambda loss, _: loss with "
                 "forward=lambda model, batch: (model(**batch).loss, None) and weight=..."
             )

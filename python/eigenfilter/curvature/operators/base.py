@@ -24,6 +24,7 @@ from eigenfilter.curvature.loss.slices import ShardSlices, slices_of
 from eigenfilter.curvature.loss.snapshot import ParamSnapshot, checksum
 from eigenfilter.curvature.loss.vectors import Sums
 from eigenfilter.curvature.operators.algebra import SymmetricMatrix
+from eigenfilter.curvature.operators.selection import select
 
 _LONGER = (
     "rows of {0} are longer than max_norm, and the forward pass would rewrite them, which would "
@@ -61,8 +62,9 @@ class CurvatureOperator(SymmetricMatrix):
             loss is loss_fn(model(input), target) on the device of the model. A loader is read again
             for each pass over data that is not kept, and must give the same batches each time; what
             it draws from torch's global generator is replayed.
-        params: parameters of the model (or of loss_fn), each once; None for all. Those that do not
-            require grad are left out.
+        params: parameters of the model (or of loss_fn), each once, or patterns of the model's names
+            for them, as "*.h.3.*" or ["*.attn.*", "*.mlp.*"] (shell wildcards, see `fnmatch`); None
+            for all. Those that do not require grad are left out.
         engine: how to multiply: "auto" chooses an exact engine by a short timing on the first
             batch, and takes the next one where it fails. "cached_graph", "per_pass_graph", "vmap",
             "microbatched", "forward_over_reverse" or "finite_difference" is used or raises.
@@ -115,7 +117,7 @@ class CurvatureOperator(SymmetricMatrix):
         loss_fn: Callable[[Any, Any], Tensor],
         data: Any,
         *more: Any,
-        params: Iterable[nn.Parameter] | None = None,
+        params: str | Iterable[str | nn.Parameter] | None = None,
         engine: str = "auto",
         reduction: str = "mean",
         forward: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None,
@@ -163,7 +165,8 @@ class CurvatureOperator(SymmetricMatrix):
         if _distributed.is_fsdp(self._objective.tree):
             _distributed.reshard()  # or the model's parameters may be gathered copies
         self._dtype = dtype
-        self.params = _select(self._own_parameters() if params is None else params, dtype)
+        candidates = self._own_parameters() if params is None else params
+        self.params = select(candidates, self._objective.model, dtype)
         self._check_own(ValueError)
         self.slices = slices_of(self._objective.tree, self.params)
         if self.slices is not None:
@@ -296,7 +299,10 @@ class CurvatureOperator(SymmetricMatrix):
             marks = [checksum(tensors) for tensors in (self._tensors()[0], vectors) if tensors]
             reduce(sums, marks, self._group)
         if sums.weight == 0:
-            raise ValueError("all batches have weight 0: weight returned 0 for each of them")
+            raise ValueError(
+                "all batches have weight 0, so that there is no mean: weight= returned 0 for each, "
+                "or all outputs are empty, as where every label of a language model is -100"
+            )
         if self._objective.mean and sums.weight != 1.0:
             sums.rows.div_(sums.weight)
         return sums.rows
@@ -397,40 +403,3 @@ def _check_choices(*, engine: str, reduction: str, mode: str) -> None:
         raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
     if mode not in ("eval", "train"):
         raise ValueError(f"mode must be 'eval' or 'train', not {mode!r}")
-
-
-def _select(params: Iterable[nn.Parameter], dtype: torch.dtype | None) -> tuple[nn.Parameter, ...]:
-    """Return those of `params` that require grad, checked to be of one real dtype and device."""
-    if isinstance(params, Tensor):
-        raise ValueError("params must be parameters in a list or iterator: pass [p] for one")
-    candidates = list(params)
-    if not all(isinstance(p, Tensor) for p in candidates):
-        names = ", ".join(sorted({type(p).__name__ for p in candidates}))
-        raise ValueError(f"params must be parameters, as model.parameters() gives, not {names}")
-    selected = tuple(p for p in candidates if p.requires_grad)
-    if not selected:
-        raise ValueError(
-            f"no parameter requires grad, of {len(candidates)}: call p.requires_grad_() on those "
-            "that the matrix is of"
-        )
-    if len({id(p) for p in selected}) < len(selected):
-        raise ValueError("params lists a parameter twice")
-    kinds = {(p.dtype if dtype is None else dtype, p.device) for p in selected}
-    if len(kinds) > 1 or not all(p.dtype.is_floating_point for p in selected):
-        raise ValueError(
-            "parameters must be real and floating, of one dtype and on one device; got "
-            + ", ".join(sorted(f"{kind} on {device}" for kind, device in kinds))
-            + ": pass dtype=torch.float32 for one dtype, params=... or model.to(device) for one "
-            "device"
-        )
-    if selected[0].device.type == "meta":
-        raise ValueError(
-            "parameters on the meta device hold no numbers: load the weights first, as by "
-            "model.to_empty(device=...) and load_state_dict"
-        )
-    if dtype is None and selected[0].dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"parameters are {selected[0].dtype}, too coarse to multiply by their curvature: pass "
-            "dtype=torch.float32, for that of a float32 copy of the model"
-        )
-    return selected

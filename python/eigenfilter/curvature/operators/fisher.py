@@ -57,7 +57,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
         loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, mean: bool
     ) -> tuple[Tensor, Outer]:
         losses = _losses(loss_fn, tensor_output(output), target)
-        share = 1.0 / len(losses) if mean else 1.0
+        share = 1.0 / max(len(losses), 1) if mean else 1.0
 
         def outer(z: Tensor) -> Tensor:
             return 0.5 * share * z.square().sum()
