@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,175 +13,179 @@ import backends
 from cases import (
     ADAMW_DESCENTS,
     DESCENTS,
+    SCALE,
+    SEED,
     AdamWDescent,
     Descent,
     KernelBackend,
     same_bits,
 )
+from compressed import (
+    CODES,
+    FEW_PLACES,
+    FORMATS,
+    SOME_FORMATS,
+    Format,
+    Lists,
+    extreme,
+    lists_of,
+    name_of,
+    not_finite,
+)
 from eigenfilter import kernels
-from eigenfilter.kernels.compression import encode
+from eigenfilter.kernels.triton.blocks import Blocks, forcing
 
-SIZES = (0, 1, 63, 64, 65, 200, 1000, 8192, 40001)
-SHIFTS = (0, 3)  # elements by which tensors miss 64 bytes
-MARGIN = 32
-
-PARAMS = (torch.float32, torch.bfloat16, torch.float16)
-CODES = "codes"
-Format = tuple[torch.dtype, torch.dtype | None, torch.dtype | str]
-"""The dtypes of parameters, of corrections or None, and of states."""
-
-FORMATS: list[Format] = [
-    (param, correction, state)
-    for param, correction, state in itertools.product(
-        PARAMS, (None, torch.int8, torch.int16), (torch.float32, torch.bfloat16, None, CODES)
-    )
-    if (correction is None or param.itemsize == 2)
-    and not (correction is None and state in (None, param))
-    and state != param
-    for state in [param if state is None else state]
-]
+Case = Descent | AdamWDescent
 
 
-def name_of(form: Format) -> str:
-    return "-".join(str(part).removeprefix("torch.") for part in form if part is not None)
+def on(device: str, value: float | bool) -> Any:
+    """A number as a tensor of a device; a flag as it is."""
+    if isinstance(value, bool):
+        return value
+    return torch.tensor(value, dtype=torch.float64, device=device)
 
 
-@dataclass
-class Compressed:
-    """The lists of a call, in memory with margins."""
+def step(
+    backend: KernelBackend,
+    form: Format,
+    case: Case,
+    *,
+    count: int = 2,
+    on_device: bool = False,
+    grad: torch.dtype | None = None,
+    inputs: dict[str, Any] | None = None,
+    **options: Any,
+) -> Lists:
+    """The lists after some steps.
 
-    device: str
-    whole: list[Tensor] = field(default_factory=list)
-    margins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def tensor(self, values: Tensor, shift: int) -> Tensor:
-        n = values.numel()
-        memory = torch.full((n + 2 * MARGIN,), 77, dtype=values.dtype, device=self.device)
-        start = MARGIN - 16 + shift
-        memory[start : start + n] = values
-        outside = torch.ones(memory.numel(), dtype=torch.bool, device=self.device)
-        outside[start : start + n] = False
-        self.margins.append((memory, outside))
-        inside = memory[start : start + n]
-        self.whole.append(inside)
-        return inside
-
-    def assert_margins_untouched(self) -> None:
-        for memory, outside in self.margins:
-            assert (memory[outside] == 77).all()
-
-
-def sizes() -> tuple[int, ...]:
-    return SIZES[:-1] if backends.INTERPRETED or backends.EMULATED else SIZES
-
-
-def random(n: int, generator: torch.Generator, spread: float) -> Tensor:
-    """Values of many magnitudes, some of them 0."""
-    value = torch.randn(n, generator=generator) * torch.exp2(
-        torch.randn(n, generator=generator) * spread
-    )
-    return torch.where(torch.rand(n, generator=generator) < 0.05, 0.0, value)
+    Args:
+        count: how many steps.
+        on_device: whether numbers are float64 tensors on the device.
+        grad, inputs: see `lists_of`.
+        options: of the operation.
+    """
+    states = 2 if isinstance(case, AdamWDescent) else int(case.momentum != "none")
+    lists = lists_of(form, states, backend.device, grad=grad, **inputs or {})
+    is_adamw = isinstance(case, AdamWDescent)
+    kernel = kernels.adamw_step if is_adamw else kernels.sgd_step
+    for i in range(count):
+        numbers = case.options()
+        if is_adamw:
+            numbers["step"] += i
+        if on_device:
+            numbers = {name: on(backend.device, value) for name, value in numbers.items()}
+        given = lists.arguments(backups=case.backups) | numbers | options
+        kernel(**given, backend=backend.name)
+    lists.assert_margins_untouched()
+    return lists
 
 
-def lists(form: Format, *, states: int, device: str, grad: torch.dtype, seed: int = 0) -> Iterator:
-    """Parameters, gradients, backups, corrections, states, and scales of the states."""
-    param, correction, state = form
-    generator = torch.Generator().manual_seed(seed)
-    memory = Compressed(device)
-    rows: list[list[Tensor]] = [[] for _ in range(4)]
-    kept: list[list[Tensor]] = [[] for _ in range(states)]
-    scales: list[list[Tensor]] = [[] for _ in range(states)]
-    for n, shift in itertools.product(sizes(), SHIFTS):
-        rows[0].append(memory.tensor(random(n, generator, 3).to(param), shift))
-        rows[1].append(memory.tensor(random(n, generator, 3).to(grad), shift))
-        rows[2].append(memory.tensor(random(n, generator, 3).to(param), shift))
-        if correction is not None:
-            bits = 8 * correction.itemsize
-            whole = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n,), generator=generator)
-            rows[3].append(memory.tensor(whole.to(correction), shift))
-        for k in range(states):
-            value = random(n, generator, 4)
-            value = value * value if k == 1 else value
-            if state == CODES:
-                codes, scale = encode(value, torch.uint8 if k == 1 else torch.int8)
-                kept[k].append(memory.tensor(codes, shift))
-                scales[k].append(memory.tensor(scale, shift))
-            else:
-                kept[k].append(memory.tensor(value.to(state), shift))
-    yield memory
-    yield from rows[:3]
-    yield rows[3] or None
-    for k in range(states):
-        yield kept[k]
-        yield scales[k] if state == CODES else None
+def assert_alike(actual: Lists, expected: Lists) -> None:
+    """Fail unless all tensors agree bit for bit, but for what kind of NaN they have."""
+    for i, (a, b) in enumerate(zip(actual.whole, expected.whole, strict=True)):
+        is_nan = a.isnan()
+        assert torch.equal(is_nan, b.isnan()), f"tensor {i}: {a.dtype} [{a.numel()}]"
+        assert same_bits(a[~is_nan], b[~is_nan]), f"tensor {i}: {a.dtype} [{a.numel()}]"
 
 
-def step_sgd(backend: KernelBackend, form: Format, case: Descent, **options: Any) -> list[Tensor]:
-    memory, params, grads, backups, corrections, momenta, scales = lists(
-        form, states=1, device=backend.device, grad=options.pop("grad", form[0])
-    )
-    has_momenta = case.momentum != "none"
-    for _ in range(2):
-        kernels.sgd_step(
-            params,
-            grads,
-            momenta if has_momenta else None,
-            backups if case.backups else None,
-            corrections,
-            scales if has_momenta else None,
-            **case.options(),
-            **options,
-            backend=backend.name,
-        )
-    memory.assert_margins_untouched()
-    return memory.whole
+def reference(backend: KernelBackend) -> KernelBackend:
+    return KernelBackend("reference", backend.device)
 
 
-def step_adamw(
-    backend: KernelBackend, form: Format, case: AdamWDescent, **options: Any
-) -> list[Tensor]:
-    memory, params, grads, backups, corrections, m, m_scales, v, v_scales = lists(
-        form, states=2, device=backend.device, grad=options.pop("grad", form[0])
-    )
-    for i in range(2):
-        kernels.adamw_step(
-            params,
-            grads,
-            m,
-            v,
-            backups if case.backups else None,
-            corrections,
-            m_scales,
-            v_scales,
-            **case.options() | {"step": case.step + i},
-            **options,
-            backend=backend.name,
-        )
-    memory.assert_margins_untouched()
-    return memory.whole
-
-
-def assert_as_reference(step: Any, backend: KernelBackend, *args: Any, **options: Any) -> None:
-    got = step(backend, *args, **options)
-    wanted = step(KernelBackend("reference", backend.device), *args, **options)
-    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
-        assert same_bits(a, b), f"tensor {i}: {a.dtype} [{a.numel()}]"
-
-
+CASES: list[Case] = [*DESCENTS[::3], *ADAMW_DESCENTS[::3]]
+if backends.INTERPRETED:
+    CASES = [DESCENTS[7], DESCENTS[21], ADAMW_DESCENTS[11]]
 # Without momenta, corrections are all that there is to compress.
-SGD_STEPS = [
+STEPS = [
     pytest.param(form, case, id=f"{case}-{name_of(form)}")
-    for form, case in itertools.product(FORMATS, DESCENTS[::3])
-    if case.momentum != "none" or (form[1] is not None and form[2] == CODES)
+    for form, case in itertools.product(FORMATS, CASES)
+    if getattr(case, "momentum", "") != "none" or (form[1] is not None and form[2] == CODES)
 ]
 
 
-@pytest.mark.parametrize(("form", "case"), SGD_STEPS)
-def test_sgd_step(fast_backend: KernelBackend, form: Format, case: Descent) -> None:
-    assert_as_reference(step_sgd, fast_backend, form, case)
+@pytest.mark.parametrize(("form", "case"), STEPS)
+def test_steps(fast_backend: KernelBackend, form: Format, case: Case) -> None:
+    assert_alike(step(fast_backend, form, case), step(reference(fast_backend), form, case))
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=name_of)
-@pytest.mark.parametrize("case", ADAMW_DESCENTS[::3], ids=str)
-def test_adamw_step(fast_backend: KernelBackend, form: Format, case: AdamWDescent) -> None:
-    assert_as_reference(step_adamw, fast_backend, form, case)
+some_formats = pytest.mark.parametrize("form", SOME_FORMATS, ids=name_of)
+some_cases = pytest.mark.parametrize(
+    "case",
+    [
+        Descent("heavy", backups=True, decay=True, maximize=False),
+        Descent("ahead", backups=False, decay=True, maximize=False),
+        AdamWDescent(ahead=False, backups=True, decay=True, maximize=False, step=9),
+        AdamWDescent(ahead=True, backups=True, decay=True, maximize=True, step=1),
+    ],
+    ids=lambda case: f"{'adamw' if isinstance(case, AdamWDescent) else 'sgd'}-{case}",
+)
+
+
+@pytest.mark.parametrize("values", [extreme, not_finite])
+@some_cases
+@some_formats
+def test_values_of_every_kind(
+    fast_backend: KernelBackend, form: Format, case: Case, values: Any
+) -> None:
+    inputs = {"places": FEW_PLACES, "values": values}
+    actual = step(fast_backend, form, case, grad=torch.float32, inputs=inputs)
+    expected = step(reference(fast_backend), form, case, grad=torch.float32, inputs=inputs)
+    assert_alike(actual, expected)
+
+
+@pytest.mark.parametrize("grad", [None, torch.float32], ids=["usual", "wide"])
+@some_cases
+@some_formats
+def test_options(
+    fast_backend: KernelBackend, form: Format, case: Case, grad: torch.dtype | None
+) -> None:
+    """Numbers on the device, a seed, a scale, a flag that is not set, and gradients of float32."""
+    device = fast_backend.device
+    given: dict[str, Any] = {
+        "grad": grad,
+        "inputs": {"places": FEW_PLACES},
+        "grad_scale": torch.tensor(SCALE, device=device),
+        "found_inf": torch.zeros((), device=device),
+        "rounding_seed": SEED,
+    }
+    actual = step(fast_backend, form, case, on_device=True, **given)
+    assert_alike(actual, step(reference(fast_backend), form, case, **given))
+
+
+@some_cases
+@some_formats
+def test_a_stopped_step_restores_x_and_leaves_the_rest(
+    backend: KernelBackend, form: Format, case: Case
+) -> None:
+    inputs = {"places": FEW_PLACES}
+    flag = torch.ones((), device=backend.device)
+    stopped = step(backend, form, case, found_inf=flag, inputs=inputs)
+    before = step(backend, form, case, count=0, inputs=inputs)
+    if case.backups:
+        for p, b in zip(before.params, before.backups, strict=True):
+            p.copy_(b)
+    assert_alike(stopped, before)
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.view(2, 3, 5, 7).permute(0, 3, 1, 2)
+
+
+@some_cases
+@some_formats
+def test_groups_are_those_of_memory(backend: KernelBackend, form: Format, case: Case) -> None:
+    results = [
+        step(backend, form, case, inputs={"places": ((210, 0),)} | shaped, rounding_seed=SEED)
+        for shaped in ({}, {"shaped": channels_last})
+    ]
+    assert_alike(*results)
+
+
+@some_formats
+def test_blocks_of_few_groups(fast_backend: KernelBackend, form: Format) -> None:
+    """Triton's least blocks, which have two groups of float32 elements."""
+    case = AdamWDescent(ahead=True, backups=False, decay=True, maximize=False, step=2)
+    inputs = {"places": ((65, 3), (1100, 0))}
+    with forcing(Blocks(bytes=512, warps=1)):
+        actual = step(fast_backend, form, case, inputs=inputs)
+    assert_alike(actual, step(reference(fast_backend), form, case, inputs=inputs))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cases import same_bits
+from compressed import CODES, lists_of
 from eigenfilter import kernels
 from eigenfilter.kernels._op import OPERATIONS
 
@@ -114,20 +115,27 @@ def test_a_compiled_call_takes_what_the_call_takes() -> None:
         torch.compile(lambda p, g: kernels.sgd_step(p, g, lr=whole), backend="eager")(params, grads)
 
 
-def arguments(name: str) -> dict[str, Any]:
-    """Arguments for the operator of an operation on lists: all it writes, no backups to read."""
+def arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for the operator of an operation on lists.
+
+    Args:
+        given: some of them, all lists among them; or none, for lists of one dtype. Those that are
+            only read, and may be absent, then are.
+    """
     supply, operation = iter(lists(4)), OPERATIONS[name]
-    given: dict[str, Any] = {"step": scalar(2.0), "rounding_seed": scalar(7.0)}
-    given |= {"grad_scale": scalar(2.0).float(), "found_inf": FLAG.clone(), "out": torch.empty(())}
+    others: dict[str, Any] = {"step": scalar(2.0), "rounding_seed": scalar(7.0)}
+    others |= {"grad_scale": scalar(2.0).float(), "found_inf": FLAG.clone(), "out": torch.empty(())}
     for argument, of in operation.annotations.items():
         if of.startswith("Sequence"):
-            is_absent = of.endswith("None") and argument not in operation.writes
-            given[argument] = [] if is_absent else next(supply)
+            is_compressed = argument == "corrections" or argument.endswith("_scales")
+            is_read = argument not in operation.writes
+            is_absent = given or (of.endswith("None") and (is_read or is_compressed))
+            others[argument] = given.get(argument) or ([] if is_absent else next(supply))
         elif of == "bool":
-            given[argument] = argument == "save"
+            others[argument] = argument == "save"
         else:
-            given.setdefault(argument, scalar(0.5))
-    return {argument: given[argument] for argument in operation.arguments}
+            others.setdefault(argument, scalar(0.5))
+    return {argument: others[argument] for argument in operation.arguments}
 
 
 def row_arguments(name: str) -> tuple[Any, ...]:
@@ -176,6 +184,36 @@ def test_a_compiled_call_refuses_an_empty_list() -> None:
 def test_opcheck(name: str) -> None:
     operator = getattr(torch.ops.eigenfilter, name).default
     if OPERATIONS[name].takes_lists:
-        torch.library.opcheck(operator, (), arguments(name) | {"backend": "reference"})
+        torch.library.opcheck(operator, (), arguments(name, {}) | {"backend": "reference"})
     else:
         torch.library.opcheck(operator, (*row_arguments(name), None))
+
+
+def compressed(name: str) -> dict[str, Any]:
+    """Lists of a step whose parameters have corrections, and whose states are codes."""
+    form, states = (torch.bfloat16, torch.int8, CODES), 1 + (name == "adamw_step")
+    return lists_of(form, states, places=((5, 0), (130, 0))).arguments(backups=True)
+
+
+@NO_GRAPHS
+@pytest.mark.parametrize("name", ["sgd_step", "adamw_step"])
+def test_opcheck_of_compressed_tensors(name: str) -> None:
+    operator = getattr(torch.ops.eigenfilter, name).default
+    given = arguments(name, compressed(name))
+    torch.library.opcheck(operator, (), given | {"backend": "reference"})
+
+
+@NO_GRAPHS
+@pytest.mark.parametrize("name", ["sgd_step", "adamw_step"])
+def test_a_compiled_call_of_compressed_tensors_is_the_call(name: str) -> None:
+    kernel = getattr(kernels, name)
+    numbers = {"lr": 0.1, "weight_decay": 0.01, "extrapolation": 0.3}
+    numbers |= {"step": 3} if name == "adamw_step" else {"momentum": 0.9}
+    expected, result = compressed(name), compressed(name)
+    kernel(**expected, **numbers)
+    compiled = torch.compile(
+        lambda given: kernel(**given, **numbers), fullgraph=True, backend="aot_eager"
+    )
+    compiled(result)
+    for argument, tensors in expected.items():
+        assert all(map(same_bits, result[argument], tensors))

@@ -60,6 +60,19 @@ STOCHASTIC = {
     "adamw_step_stochastic_scaled": (4, 3),
     "adamw_step_ahead_stochastic": (4, 3),
 }
+# Of compressed tensors: how often a thread reads and writes 16 bytes of a whole block. Codes beside
+# float32 are 8 bytes a thread, which are not counted.
+CODES_OF_NARROW = {
+    "sgd_step_codes": (6, 4),
+    "adamw_step_codes": (7, 5),
+    "adamw_step_ahead_codes": (7, 5),
+    "adamw_step_masters": (14, 12),
+}
+COMPRESSED = {
+    "float32": {name: (4, 2) for name in CODES_OF_NARROW if name.endswith("codes")},
+    "bfloat16": CODES_OF_NARROW,
+    "float16": CODES_OF_NARROW,
+}
 # Over rows of vectors, whose lengths are multiples of 16 here; of the wide dtypes alone.
 OVER_ROWS = {
     "row_dots": (2, 0),
@@ -105,6 +118,7 @@ EVERY_WIDE = [
     for dtype in WIDE
     for kernel in WIDE_LISTS | (WIDE_STOCHASTIC if dtype in NARROW else {})
 ]
+EVERY_COMPRESSED = [(kernel, dtype) for dtype in COMPRESSED for kernel in COMPRESSED[dtype]]
 EVERY = [(kernel, dtype) for dtype in DTYPES for kernel in lists_of(dtype)]
 
 
@@ -246,6 +260,25 @@ def test_wide_gradients_take_wide_accesses_and_no_spills(
     assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"]
 
 
+@pytest.mark.parametrize(("kernel", "dtype"), EVERY_COMPRESSED)
+def test_compressed_tensors_take_wide_accesses_and_no_spills(
+    target: str, compiled: Path, kernel: str, dtype: str
+) -> None:
+    if target == "gfx942":
+        assembly = (compiled / f"{kernel}.{dtype}.amdgcn").read_text()
+        assert re.findall(r"\.[sv]gpr_spill_count: *(\d+)", assembly) == ["0", "0"]
+        return
+    reads, writes = COMPRESSED[dtype][kernel]
+    assembly = (compiled / f"{kernel}.{dtype}.ptx").read_text()
+    assert count(r"ld\.global\.v4\.b32", assembly) >= reads
+    assert count(r"st\.global\.v4\.b32", assembly) >= writes
+    assert count(r"@%p\d+ (ld|st)\.global\.v", assembly) == 0
+    assert "fma" not in assembly
+    assert not re.search(r"(div|rcp|r?sqrt)\.(approx|full)|\.ftz", assembly)
+    usage = run_tool("cuobjdump", "-res-usage", compiled / f"{kernel}.{dtype}.cubin")
+    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"]
+
+
 def count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
@@ -301,6 +334,7 @@ def configurations(
 ) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Return kernels with their compile-time constants and options, by name."""
     import torch
+    import triton.language as tl
 
     from eigenfilter.kernels.triton.adamw_step import adamw_step_kernel as adamw
     from eigenfilter.kernels.triton.blocks import Blocks
@@ -317,6 +351,8 @@ def configurations(
     from eigenfilter.kernels.triton.sgd_step import sgd_step_kernel as sgd
 
     shared = constants(getattr(torch, dtype), Blocks(), getattr(torch, grad or dtype))
+    plain = {"CORRECTION": None, "SCALE": None}
+    plain |= dict.fromkeys(("STATE", "FIRST", "SECOND"), shared["DTYPE"])
     nesterov = {"MOMENTA": True, "NESTEROV": True, "AHEAD": False}
     ahead = {"MOMENTA": True, "NESTEROV": False, "AHEAD": True}
     straight, nearest = {"AHEAD": False}, {"STOCHASTIC": False}
@@ -345,8 +381,20 @@ def configurations(
         kernels["adamw_step_stochastic"] = on_host(adamw, **straight, STOCHASTIC=True)
         kernels["adamw_step_stochastic_scaled"] = (adamw, straight | {"STOCHASTIC": True})
         kernels["adamw_step_ahead_stochastic"] = on_host(adamw, AHEAD=True, STOCHASTIC=True)
+        masters = {"CORRECTION": tl.int16, "FIRST": tl.float32, "SECOND": tl.float32}
+        kernels["adamw_step_masters"] = (adamw, straight | nearest | masters)
+    if dtype in COMPRESSED:
+        codes = {"STATE": tl.int8, "FIRST": tl.int8, "SECOND": tl.uint8, "SCALE": tl.float32}
+        codes["CORRECTION"] = tl.int8 if dtype in NARROW else None
+        kernels["sgd_step_codes"] = on_host(sgd, **ahead, **nearest, **codes)
+        kernels["adamw_step_codes"] = on_host(adamw, **straight, **nearest, **codes)
+        kernels["adamw_step_ahead_codes"] = (adamw, {"AHEAD": True} | nearest | codes)
     output = {
-        name: (kernel, shared | chosen, options(Blocks()))
+        name: (
+            kernel,
+            shared | {a: v for a, v in (plain | chosen).items() if a in kernel.arg_names},
+            options(Blocks()),
+        )
         for name, (kernel, chosen) in kernels.items()
     }
     block = {"BLOCK": NORM_BLOCK} | unscaled

@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from benchmarks import triton_stub
 from benchmarks.triton_stub import Launch, StubDriver
 from cases import DTYPES, SCALE, UPDATES, Arena, Update, nonzero, places
+from compressed import SOME_FORMATS, Format, lists_of, name_of
 from eigenfilter import kernels
+from eigenfilter.kernels._op import OPERATIONS
 from eigenfilter.kernels.triton import rows
 from eigenfilter.kernels.triton.perturb import perturb_kernel
 from launches import assert_arguments_fit, assert_tables_cover
@@ -36,6 +39,16 @@ WIDE = {
     torch.float32: torch.float64,
 }
 ROWS = [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)]
+# Dtypes that a step is compiled for, and whose they are.
+CONSTANTS = {
+    "sgd_step": {"CORRECTION": "corrections", "STATE": "momenta", "SCALE": "momentum_scales"},
+    "adamw_step": {
+        "CORRECTION": "corrections",
+        "FIRST": "exp_avgs",
+        "SECOND": "exp_avg_sqs",
+        "SCALE": "exp_avg_scales",
+    },
+}
 COLUMNS = (1, 1000, 1024, 4097)
 
 
@@ -158,6 +171,31 @@ def test_updates_by_wide_gradients_among_others(
     assert len(launches) == 2
     assert_tables_cover(launches, lists, lists[update.lists.index("grads")])
     recorder.warm(lambda: update(lists, backend="triton"))
+
+
+@pytest.mark.parametrize("backups", [False, True])
+@pytest.mark.parametrize("name", ["sgd_step", "adamw_step"])
+@pytest.mark.parametrize("form", SOME_FORMATS, ids=name_of)
+def test_steps_of_compressed_tensors(
+    recorder: Recorder, form: Format, name: str, backups: bool
+) -> None:
+    lists = lists_of(form, 1 + (name == "adamw_step"))
+    given = lists.arguments(backups=backups)
+    numbers = {"lr": 0.1} | ({"step": 2} if name == "adamw_step" else {"momentum": 0.9})
+
+    def call() -> None:
+        getattr(kernels, name)(**given, **numbers, backend="triton")
+
+    (launch,) = recorder(call)
+    present = [a for a in OPERATIONS[name].arguments if given.get(a) is not None]
+    assert_tables_cover([launch], [given[a] for a in present], lists.grads)
+    assert present[launch["origin"]] == ("backups" if backups else "params")
+    for constant, argument in CONSTANTS[name].items():
+        expected = None
+        if given[argument] is not None:
+            expected = getattr(tl, str(given[argument][0].dtype).removeprefix("torch."))
+        assert launch[constant] == expected
+    recorder.warm(call)
 
 
 @pytest.mark.parametrize("update", UPDATES, ids=str)

@@ -11,7 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from eigenfilter.kernels.conventions import Table
+from eigenfilter.kernels.triton.compression import (
+    decoded,
+    joined,
+    read_corrections,
+    read_scales,
+    turn_of,
+    write_params,
+    write_state,
+)
 from eigenfilter.kernels.triton.device import (
+    GROUP,
     address,
     chunk,
     divide,
@@ -22,11 +32,9 @@ from eigenfilter.kernels.triton.device import (
     power,
     real,
     square_root,
-    store,
-    unless,
 )
-from eigenfilter.kernels.triton.launch import is_stochastic, launch
-from eigenfilter.kernels.triton.rounding import M, V, X, noise_of, rounded
+from eigenfilter.kernels.triton.launch import dtype_of, is_stochastic, launch
+from eigenfilter.kernels.triton.rounding import M, V, noise_of
 
 
 @triton.jit
@@ -40,33 +48,35 @@ def _ahead(alpha, e, b1, b2, t, REAL: tl.constexpr):
 
 @triton.jit
 def _adamw_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    x_at, g_at, m_at, v_at, from_at = at
-    S, beta1, keep1, beta2, keep2, decay, size, root, eps, stop, noise, factors, is_ahead = rule
+    x_at, g_at, m_at, v_at, from_at, c_at, m_scales_at, v_scales_at = at
+    S, beta1, keep1, beta2, keep2, decay, size, root, eps, how, factors, is_ahead = rule
     p = load(from_at, start, length, BLOCK, WIDE)
-    old_m = load(m_at, start, length, BLOCK, WIDE)
-    old_v = load(v_at, start, length, BLOCK, WIDE)
+    c = read_corrections(c_at, start, length, BLOCK, WIDE)
+    stored_m = load(m_at, start, length, BLOCK, WIDE)
+    stored_v = load(v_at, start, length, BLOCK, WIDE)
+    m_scales = read_scales(m_scales_at, start, length, BLOCK)
+    v_scales = read_scales(v_scales_at, start, length, BLOCK)
+    old_m = decoded(stored_m, m_scales, BLOCK).to(S.dtype)
+    old_v = decoded(stored_v, v_scales, BLOCK).to(S.dtype)
     d = S * load(g_at, start, length, BLOCK, WIDE).to(S.dtype)
-    m = beta1 * old_m.to(S.dtype) + keep1 * d
-    v = beta2 * old_v.to(S.dtype) + keep2 * (d * d)
-    x = decay * p.to(S.dtype)
+    m = beta1 * old_m + keep1 * d
+    v = beta2 * old_v + keep2 * (d * d)
+    x = decay * joined(p, c).to(S.dtype)
     straight = x - divide(size * m, square_root(v) * root + eps)
-    m = rounded(m, noise, M, old_m, start, BLOCK).to(old_m.dtype)
-    v = rounded(v, noise, V, old_v, start, BLOCK).to(old_v.dtype)
+    m = write_state(m_at, m_scales_at, stored_m, m_scales, m, how, start, length, M, BLOCK, WIDE)
+    v = write_state(v_at, v_scales_at, stored_v, v_scales, v, how, start, length, V, BLOCK, WIDE)
     if factors is None:
         x = straight
     else:
         ahead, back, root_before = factors
         change = divide(ahead * m.to(S.dtype), square_root(v.to(S.dtype)) * root + eps)
         if back != 0:
-            root_v = square_root(old_v.to(S.dtype)) * root_before
-            change = change - divide(back * old_m.to(S.dtype), root_v + eps)
+            root_v = square_root(old_v) * root_before
+            change = change - divide(back * old_m, root_v + eps)
         x = x - change
         if is_ahead is not None:
             x = tl.where(is_ahead, x, straight)
-    x = rounded(x, noise, X, p, start, BLOCK)
-    store(m_at, unless(stop, old_m, m), start, length, BLOCK, WIDE)
-    store(v_at, unless(stop, old_v, v), start, length, BLOCK, WIDE)
-    store(x_at, unless(stop, p, x), start, length, BLOCK, WIDE)
+    write_params(x_at, c_at, p, c, x, how, start, length, BLOCK, WIDE)
 
 
 @triton.jit(do_not_specialize=["n", "origin"])
@@ -96,6 +106,10 @@ def adamw_step_kernel(
     found_inf,
     STOCHASTIC: tl.constexpr,
     AHEAD: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD: tl.constexpr,
     REAL: tl.constexpr,
@@ -110,9 +124,21 @@ def adamw_step_kernel(
     tensor, first, length, wide = chunk(chunks)
     x_at = address(pointers, tensor, first, DTYPE)
     g_at = address(pointers, tensor + n, first, GRAD)
-    m_at = address(pointers, tensor + 2 * n, first, DTYPE)
-    v_at = address(pointers, tensor + 3 * n, first, DTYPE)
+    m_at = address(pointers, tensor + 2 * n, first, FIRST)
+    v_at = address(pointers, tensor + 3 * n, first, SECOND)
     from_at = address(pointers, tensor + origin * n, first, DTYPE)
+    c_index = tensor + (4 + (origin > 0)) * n
+    scales_index = c_index if CORRECTION is None else c_index + n
+    at = (
+        x_at,
+        g_at,
+        m_at,
+        v_at,
+        from_at,
+        None if CORRECTION is None else address(pointers, c_index, first, CORRECTION),
+        None if SCALE is None else address(pointers, scales_index, first // GROUP, SCALE),
+        None if SCALE is None else address(pointers, scales_index + n, first // GROUP, SCALE),
+    )
     S = sign * inverse(grad_scale)
     alpha, t = real(lr, lr_at), real(step, step_at)
     b1, b2 = real(beta1, beta1_at), real(beta2, beta2_at)
@@ -131,12 +157,15 @@ def adamw_step_kernel(
         size.to(REAL),
         root.to(REAL),
         real(eps, eps_at).to(REAL),
-        is_set(found_inf),
-        noise_of(seed, tensor, first) if STOCHASTIC else None,
+        (
+            is_set(found_inf),
+            noise_of(seed, tensor, first) if STOCHASTIC else None,
+            None if SCALE is None else turn_of(t, first),
+        ),
         _ahead(alpha, e, b1, b2, t, REAL) if AHEAD else None,
         None if extrapolation_at is None else e != 0,
     )
-    for_each_block(_adamw_step_block, (x_at, g_at, m_at, v_at, from_at), rule, length, wide, BLOCK)
+    for_each_block(_adamw_step_block, at, rule, length, wide, BLOCK)
 
 
 def run(table: Table, call: SimpleNamespace) -> None:
@@ -149,4 +178,8 @@ def run(table: Table, call: SimpleNamespace) -> None:
         sign=-1.0 if call.maximize else 1.0,
         STOCHASTIC=is_stochastic(call),
         AHEAD=isinstance(call.extrapolation, Tensor) or call.extrapolation != 0,
+        CORRECTION=dtype_of(call.corrections),
+        FIRST=dtype_of(call.exp_avgs),
+        SECOND=dtype_of(call.exp_avg_sqs),
+        SCALE=dtype_of(call.exp_avg_scales),
     )

@@ -6,8 +6,9 @@ that is not aligned, with a mask. Updates use smaller blocks in the second loop:
 compiler would lay out both loops for wide accesses, at a cost in registers and shared memory.
 
 x, g, g0, m, v, b, S and the hyperparameters are those of the references. A scalar that does not lie
-on the device has None for an address, and its branch is not compiled. `origin` is the list that a
-step starts from: that of the backups, or 0, the parameters.
+on the device has None for an address, and its branch is not compiled. A table has the lists that
+are given, in the order of the arguments. `origin` is the list that a step starts from: that of the
+backups, or 0, the parameters.
 
 Compile with OPTIONS: without contraction to fused multiply-adds every backend rounds alike.
 """
@@ -19,7 +20,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from eigenfilter.kernels import compression
+
 OPTIONS = {"enable_fp_fusion": False}
+
+GROUP = tl.constexpr(compression.GROUP)  # blocks have whole groups: see `compression`
 
 
 @triton.jit
@@ -113,7 +118,8 @@ def store(at, value, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def for_each_block(block: tl.constexpr, at, rule, length, wide, BLOCK: tl.constexpr):
     """Update a chunk by `block`: the whole blocks without a mask, the rest with one."""
+    REST: tl.constexpr = BLOCK // 4 if BLOCK > 4 * GROUP else GROUP
     for start in range(0, wide, BLOCK):
         block(at, rule, start, length, BLOCK, True)
-    for start in range(wide, length, BLOCK // 4):
-        block(at, rule, start, length, BLOCK // 4, False)
+    for start in range(wide, length, REST):
+        block(at, rule, start, length, REST, False)

@@ -27,6 +27,9 @@ _TYPES = {
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+    torch.int16: tl.int16,
 }
 
 
@@ -65,12 +68,17 @@ def launch(kernel: Any, table: Table, call: SimpleNamespace, **chosen: Any) -> N
         kernel: the kernel, named after its operation: `<operation>_kernel`.
         table: what the check of the call's arguments has read.
         call: the call's arguments.
-        chosen: further arguments; those in capitals select a variant at compile time.
+        chosen: further arguments; those in capitals, flags and dtypes, select a variant at compile
+            time.
     """
     like = next(iter(vars(call).values()))[0]
     with on_device(like.device):
         work = tables(kernel.fn.__name__.removesuffix("_kernel"), like, table)
-        variant = {name: bool(value) for name, value in chosen.items() if name.isupper()}
+        variant = {
+            name: value if value is None or isinstance(value, tl.dtype) else bool(value)
+            for name, value in chosen.items()
+            if name.isupper()
+        }
         args = list(_arguments(kernel, call, like.device, chosen))
         for grad in work.chunks:
             launch_chunks(kernel, like.dtype, work, grad, args, variant)
@@ -99,7 +107,7 @@ def launch_chunks(
     work: Tables,
     grad: torch.dtype,
     args: Sequence[object],
-    variant: dict[str, bool],
+    variant: dict[str, Any],
 ) -> None:
     """Run the programs of the chunks whose gradients are of dtype `grad`."""
     chunks = work.chunks[grad]
@@ -137,6 +145,11 @@ def _scalar(value: Scalar | None, device: torch.device) -> tuple[float, Tensor |
     if isinstance(value, Tensor) and value.device == device:
         return 0.0, value
     return float(value), None
+
+
+def dtype_of(tensors: Sequence[Tensor] | None) -> Any:
+    """Triton's dtype of the tensors of a list, or None where there is no list."""
+    return None if tensors is None else _TYPES[tensors[0].dtype]
 
 
 def is_stochastic(call: SimpleNamespace) -> bool:

@@ -50,8 +50,8 @@ def _dither(value, random, HALF: tl.constexpr):
 
 @triton.jit
 def rounded(value, noise, OUTPUT: tl.constexpr, like, start, BLOCK: tl.constexpr):
-    """`value`; with noise, as one of its two neighbors in the dtype of `like`."""
-    if noise is not None:
+    """`value`; with noise, as one of its two neighbors in the dtype of `like`, if narrow."""
+    if noise is not None and like.dtype.primitive_bitwidth == 16:
         key, first = noise
         own = _mix(key, tl.full((), OUTPUT, tl.uint32))
         index = first + (start + tl.arange(0, BLOCK)).to(tl.uint32)

@@ -11,7 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from eigenfilter.kernels.conventions import Table
+from eigenfilter.kernels.triton.compression import (
+    decoded,
+    joined,
+    read_corrections,
+    read_scales,
+    write_params,
+    write_state,
+)
 from eigenfilter.kernels.triton.device import (
+    GROUP,
     address,
     chunk,
     for_each_block,
@@ -19,36 +28,35 @@ from eigenfilter.kernels.triton.device import (
     is_set,
     load,
     real,
-    store,
-    unless,
 )
-from eigenfilter.kernels.triton.launch import is_stochastic, launch
-from eigenfilter.kernels.triton.rounding import M, X, noise_of, rounded
+from eigenfilter.kernels.triton.launch import dtype_of, is_stochastic, launch
+from eigenfilter.kernels.triton.rounding import M, noise_of
 
 
 @triton.jit
 def _sgd_step_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    x_at, g_at, m_at, from_at = at
-    S, alpha, beta, keep, wd, e, stop, noise, MOMENTA, NESTEROV, AHEAD = rule
+    x_at, g_at, m_at, from_at, c_at, scales_at = at
+    S, alpha, beta, keep, wd, e, how, MOMENTA, NESTEROV, AHEAD = rule
     p = load(from_at, start, length, BLOCK, WIDE)
-    x = p.to(S.dtype)
+    c = read_corrections(c_at, start, length, BLOCK, WIDE)
+    x = joined(p, c).to(S.dtype)
     d = S * load(g_at, start, length, BLOCK, WIDE).to(S.dtype)
     if wd != 0:
         d = d + wd * x
     if MOMENTA:
-        old = load(m_at, start, length, BLOCK, WIDE)
-        m = beta * old.to(S.dtype) + keep * d
+        stored = load(m_at, start, length, BLOCK, WIDE)
+        scales = read_scales(scales_at, start, length, BLOCK)
+        old = decoded(stored, scales, BLOCK).to(S.dtype)
+        m = beta * old + keep * d
         u = d + beta * m if NESTEROV else m
-        m = rounded(m, noise, M, old, start, BLOCK).to(old.dtype)
-        store(m_at, unless(stop, old, m), start, length, BLOCK, WIDE)
+        m = write_state(m_at, scales_at, stored, scales, m, how, start, length, M, BLOCK, WIDE)
         x = x - alpha * u
         if AHEAD:  # noqa: SIM102 (one condition is not decided at compile time)
             if e != 0:
-                x = x - e * (m.to(S.dtype) - old.to(S.dtype))
+                x = x - e * (m.to(S.dtype) - old)
     else:
         x = x - alpha * d
-    x = rounded(x, noise, X, p, start, BLOCK)
-    store(x_at, unless(stop, p, x), start, length, BLOCK, WIDE)
+    write_params(x_at, c_at, p, c, x, how, start, length, BLOCK, WIDE)
 
 
 @triton.jit(do_not_specialize=["n", "origin"])
@@ -76,6 +84,9 @@ def sgd_step_kernel(
     MOMENTA: tl.constexpr,
     NESTEROV: tl.constexpr,
     AHEAD: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    STATE: tl.constexpr,
+    SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD: tl.constexpr,
     REAL: tl.constexpr,
@@ -88,8 +99,18 @@ def sgd_step_kernel(
     tensor, first, length, wide = chunk(chunks)
     x_at = address(pointers, tensor, first, DTYPE)
     g_at = address(pointers, tensor + n, first, GRAD)
-    m_at = address(pointers, tensor + 2 * n, first, DTYPE) if MOMENTA else x_at
+    m_at = address(pointers, tensor + 2 * n, first, STATE) if MOMENTA else x_at
     from_at = address(pointers, tensor + origin * n, first, DTYPE)
+    c_index = tensor + (2 + MOMENTA + (origin > 0)) * n
+    scales_index = c_index if CORRECTION is None else c_index + n
+    at = (
+        x_at,
+        g_at,
+        m_at,
+        from_at,
+        None if CORRECTION is None else address(pointers, c_index, first, CORRECTION),
+        None if SCALE is None else address(pointers, scales_index, first // GROUP, SCALE),
+    )
     S = sign * inverse(grad_scale)
     keep = 1.0 - real(dampening, dampening_at)
     seed = real(rounding_seed, rounding_seed_at)
@@ -100,13 +121,12 @@ def sgd_step_kernel(
         keep.to(REAL),
         real(weight_decay, weight_decay_at).to(REAL),
         real(extrapolation, extrapolation_at).to(REAL),
-        is_set(found_inf),
-        noise_of(seed, tensor, first) if STOCHASTIC else None,
+        (is_set(found_inf), noise_of(seed, tensor, first) if STOCHASTIC else None, None),
         MOMENTA,
         NESTEROV,
         AHEAD,
     )
-    for_each_block(_sgd_step_block, (x_at, g_at, m_at, from_at), rule, length, wide, BLOCK)
+    for_each_block(_sgd_step_block, at, rule, length, wide, BLOCK)
 
 
 def run(table: Table, call: SimpleNamespace) -> None:
@@ -122,4 +142,7 @@ def run(table: Table, call: SimpleNamespace) -> None:
         MOMENTA=has_momenta,
         NESTEROV=call.nesterov,
         AHEAD=isinstance(call.extrapolation, Tensor) or call.extrapolation != 0,
+        CORRECTION=dtype_of(call.corrections),
+        STATE=dtype_of(call.momenta),
+        SCALE=dtype_of(call.momentum_scales),
     )
