@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -9,21 +11,13 @@ from typing import Any
 from torch.nn import Parameter
 
 
-def _bitsandbytes(params: list[Parameter]) -> Any:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(params)
-
-
-def _torchao(params: list[Parameter]) -> Any:
-    from torchao.optim import AdamW8bit
-
-    return AdamW8bit(params)
+def _make(package: str, params: list[Parameter]) -> Any:
+    return importlib.import_module(f"{package}.optim").AdamW8bit(params)
 
 
 OPTIMIZERS: dict[str, Callable[[list[Parameter]], Any]] = {
-    f"{package} AdamW8bit, bfloat16": make
-    for package, make in (("bitsandbytes", _bitsandbytes), ("torchao", _torchao))
+    f"{package} AdamW8bit, bfloat16": functools.partial(_make, package)
+    for package in ("bitsandbytes", "torchao")
     if find_spec(package) is not None
 }
 """Those that are installed. Neither keeps master weights: the weights are bfloat16's alone."""

@@ -76,8 +76,8 @@ BAD_SGD: dict[str, tuple[Change, type[Exception], str]] = {
     "too few scales": (
         put("momentum_scales", [torch.zeros(2)]),
         ValueError,
-        r"momentum_scales\[0\] has shape \(2\) .*: pass a contiguous tensor \[3\], a scale for every "
-        r"64 elements of params\[0\]",
+        r"momentum_scales\[0\] has shape \(2\) .*: pass a contiguous tensor \[3\], a scale for "
+        r"every 64 elements of params\[0\]",
     ),
     "scales with gaps": (
         put("momentum_scales", [torch.zeros(6)[::2]]),

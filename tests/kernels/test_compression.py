@@ -63,9 +63,12 @@ def test_a_master_weight_errs_within_its_bound(dtype: torch.dtype, correction: t
 def test_any_master_weight(dtype: torch.dtype, correction: torch.dtype, value: float) -> None:
     w = torch.tensor([value])
     param, rest = split(w, dtype, correction)
-    assert param.dtype == dtype and rest.dtype == correction
+    assert param.dtype == dtype
+    assert rest.dtype == correction
     if w.abs() >= largest(dtype):
-        assert param.isinf() and rest == 0 and same_bits(join(param, rest), param.float())
+        assert param.isinf()
+        assert rest == 0
+        assert same_bits(join(param, rest), param.float())
         return
     error = (join(param, rest).double() - w.double()).abs()
     assert (error <= error_bound(w, dtype, correction)).all()
