@@ -416,8 +416,9 @@ struct Compressed : Params, State<S>... {
 template <class Storage, int... S>
 Compressed<Storage, S...> compressed_of(std::integer_sequence<int, S...>);
 
+// Two states and their divisions take more than 64 registers.
 template <class Storage, int States, class Pieces, class Deferred>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm - (States > 1))
     compressed_kernel(const __grid_constant__ Pieces batch, const __grid_constant__ Deferred rule,
                       Types types, const float* found_inf) {
     using Chunk = decltype(compressed_of<Storage>(std::make_integer_sequence<int, States>{}));
