@@ -122,7 +122,7 @@ struct Elements {
 
     __device__ __forceinline__ void store(const Raw& raw, const Span& span) const {
         by_bits(span, [&](auto* to) {
-            if (span.wide) return raw.store(to);
+            if (span.wide) return raw.store(to);  // not needed for the result
 #pragma unroll
             for (int j = 0; j < kHeld; ++j)
                 if (j < span.count) to[j] = raw.get<std::remove_pointer_t<decltype(to)>>(j);
@@ -232,13 +232,14 @@ struct State {
  private:
     __device__ __forceinline__ void quantize(const Span& span, const Results& results,
                                              float (&values)[kHeld]) const {
+        // Missing elements started from zeros: they exceed none of the others, and are finite where
+        // those are.
         float magnitudes[kHeld];
         std::uint32_t largest = 0;
 #pragma unroll
         for (int j = 0; j < kHeld; ++j) {
             magnitudes[j] = Moment::magnitude(values[j]);
-            const std::uint32_t bits = same_bits<std::uint32_t>(magnitudes[j]) & 0x7fffffffu;
-            if (j < span.count) largest = max(largest, bits);
+            largest = max(largest, same_bits<std::uint32_t>(magnitudes[j]) & 0x7fffffffu);
         }
 #pragma unroll
         for (int lane = 1; lane < kThreadsAGroup; lane *= 2)
@@ -365,7 +366,7 @@ struct Compressed : Params, State<S>... {
                 ((states[S] = State<S>::elements.template load<wide>(span)), ...);
                 if (c.p != nullptr) corrections = c.load<wide>(span);
             };
-            if (span.wide)
+            if (span.wide)  // not needed for the result: wide accesses
                 load(std::true_type{});
             else
                 load(std::false_type{});
