@@ -152,4 +152,13 @@ EIGENFILTER_RULE U word_of(std::uint32_t step, U index) {
     return (index + step) * 0x9e3779b9u;
 }
 
+// The step of an update that counts them, because it has second moments.
+template <class Scalars>
+EIGENFILTER_RULE std::uint32_t number_of_step([[maybe_unused]] const Scalars& s) {
+    if constexpr (kListsWith<Scalars, kState> == 2)
+        return static_cast<std::uint32_t>(static_cast<std::int64_t>(s.step));
+    else
+        return 0;
+}
+
 }  // namespace eigenfilter

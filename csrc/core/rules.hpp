@@ -370,6 +370,11 @@ constexpr bool kIsWellFormed = [] {
 EIGENFILTER_UPDATES(CHECK_UPDATE)
 #undef CHECK_UPDATE
 
+// Whether an update takes compressed tensors.
+template <class Scalars>
+constexpr bool kMayBeCompressed =
+    count_arguments<Scalars>([](const auto& a) { return a.traits == kCorrections; }) > 0;
+
 // Whether the results of an update may be rounded stochastically.
 template <class Scalars>
 constexpr bool kMayRound =

@@ -17,9 +17,8 @@ namespace eigenfilter {
 // The whole numbers are those of compressed forms: see compression.hpp.
 enum class DType : std::uint8_t { f32, f64, bf16, f16, i8, u8, i16 };
 
-constexpr int size_of(DType t) {
-    constexpr int sizes[] = {4, 8, 2, 2, 1, 1, 2};
-    return sizes[static_cast<int>(t)];
+EIGENFILTER_RULE constexpr int size_of(DType t) {
+    return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::i8 || t == DType::u8 ? 1 : 2;
 }
 
 // A gradient is read in its own dtype: that of its parameter, or the next wider one. The arithmetic

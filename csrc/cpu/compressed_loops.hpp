@@ -251,14 +251,14 @@ void compressed_update_of(const Stretch& r, const Scalars& s) {
     const State<FirstMoment, std::int8_t, Output::m> first{r.t.m, r.t.m_scales};
     const State<SecondMoment, std::uint8_t, Output::v> second{r.t.v, r.t.v_scales};
     const auto run = [&](const auto& rule, const auto& rounding) {
+        const std::uint32_t step = number_of_step(s);
         if constexpr (kListsWith<Scalars, kState> == 2) {
-            const auto step = static_cast<std::uint32_t>(static_cast<std::int64_t>(s.step));
             compressed_update(r, rule, rounding, step, std::make_integer_sequence<int, 2>{}, first,
                               second);
         } else if (r.t.m != nullptr) {
-            compressed_update(r, rule, rounding, 0, std::make_integer_sequence<int, 1>{}, first);
+            compressed_update(r, rule, rounding, step, std::make_integer_sequence<int, 1>{}, first);
         } else {
-            compressed_update(r, rule, rounding, 0, std::make_integer_sequence<int, 0>{});
+            compressed_update(r, rule, rounding, step, std::make_integer_sequence<int, 0>{});
         }
     };
     const auto with = [&](const auto& rounding) {
@@ -276,8 +276,7 @@ void compressed_update_of(const Stretch& r, const Scalars& s) {
 // The entry of an update in the table.
 template <class Scalars>
 void update_of(const Stretch& r, const Scalars& s) {
-    if constexpr (count_arguments<Scalars>(
-                      [](const auto& a) { return a.traits == kCorrections; })) {
+    if constexpr (kMayBeCompressed<Scalars>) {
         if (r.t.is_compressed()) return compressed_update_of(r, s);
     }
     plain_update_of(r, s);

@@ -136,6 +136,15 @@ auto by_wide_gradient(DType dtype, Call call) {
     return by_narrow_dtype(dtype, [&](auto storage) { return call(storage, Native<float>{}); });
 }
 
+// Calls `call` with the flag as a constant, which is true unless it may be false.
+template <bool MayBeTrue, bool MayBeFalse, class Call>
+void by_flag(bool flag, Call call) {
+    if constexpr (MayBeTrue) {
+        if (flag || !MayBeFalse) return call(std::true_type{});
+    }
+    if constexpr (MayBeFalse) call(std::false_type{});
+}
+
 // Elements of another type beside those of a Pack, moved by as few accesses as there can be.
 template <class Storage, int Size>
 struct Beside {
@@ -195,6 +204,29 @@ __device__ __forceinline__ Group load_other(const void* p, int i) {
     return Group::load(static_cast<const typename Group::Bits*>(p) + i);
 }
 
+// Where the chunk of a block, of so many elements at most, lies in its batch.
+struct Cut {
+    int piece, first, count;  // the number of the piece, and elements of it
+    Place place;
+
+    template <class Pieces>
+    __device__ __forceinline__ Cut(const Pieces& batch, int size) {
+        const int block = static_cast<int>(blockIdx.x);
+        int low = 0, high = batch.n - 1;
+        while (low < high) {
+            const int middle = (low + high) / 2;
+            if (batch.last_chunk[middle] > block)
+                high = middle;
+            else
+                low = middle + 1;
+        }
+        piece = low;
+        first = (block - (low > 0 ? batch.last_chunk[low - 1] : 0)) * size;
+        count = min(batch.numel[low] - first, size);
+        place = {batch.place.tensor + low, (low > 0 ? 0 : batch.place.first) + first};
+    }
+};
+
 // The chunk of a block: where it starts in its piece, and how much of it there is. The roles from 1
 // to Others are of another storage type; their pointers are to be cast to it.
 template <class Storage, int Roles, class Other = Storage, int Others = 0>
@@ -210,26 +242,18 @@ struct Chunk {
     template <class Pieces>
     __device__ __forceinline__ explicit Chunk(const Pieces& batch) {
         static_assert(Pieces::kRoles == Roles);
-        const int block = static_cast<int>(blockIdx.x);
-        int low = 0, high = batch.n - 1;
-        while (low < high) {
-            const int middle = (low + high) / 2;
-            if (batch.last_chunk[middle] > block)
-                high = middle;
-            else
-                low = middle + 1;
-        }
-        const int first = (block - (low > 0 ? batch.last_chunk[low - 1] : 0)) * kSize;
-        count = min(batch.numel[low] - first, kSize);
-        place = {batch.place.tensor + low, (low > 0 ? 0 : batch.place.first) + first};
+        const Cut cut(batch, kSize);
+        count = cut.count;
+        place = cut.place;
         std::uintptr_t bits = 0;
 #pragma unroll
         for (int r = 0; r < Roles; ++r) {
-            void* const whole = batch.pointers[r][low];
+            void* const whole = batch.pointers[r][cut.piece];
             if (r >= 1 && r <= Others)
-                p[r] = reinterpret_cast<Bits*>(static_cast<typename Other::Bits*>(whole) + first);
+                p[r] =
+                    reinterpret_cast<Bits*>(static_cast<typename Other::Bits*>(whole) + cut.first);
             else
-                p[r] = static_cast<Bits*>(whole) + first;
+                p[r] = static_cast<Bits*>(whole) + cut.first;
             bits |= reinterpret_cast<std::uintptr_t>(p[r]);
         }
         aligned = bits % kAccessBytes == 0;
@@ -305,24 +329,32 @@ inline std::int64_t chunks_of(DType dtype, std::int64_t numel) {
     return (numel + size - 1) / size;
 }
 
-// The types of a batch: of most roles, and of those between the first and the states.
+// The types of a batch: of most roles, and of those between the first and the states; of states and
+// corrections in a compressed form.
 struct Types {
-    DType storage, other;
+    DType storage, other, state = storage, correction = storage;
+};
+
+// A list of tensors as a role of a batch, and which type its elements have; without one they are
+// the scales of groups, float32. Absent lists are nullptr.
+struct Role {
+    void* const* list;
+    DType Types::* type;
+
+    // The address of an element of the i-th tensor.
+    void* at(std::size_t i, const Types& types, std::int64_t first) const {
+        if (list == nullptr) return nullptr;
+        // The offset is not needed for a tensor's first elements, which lie at its address.
+        return static_cast<char*>(list[i]) +
+               (type != nullptr ? first * size_of(types.*type) : groups_of(first) * sizeof(float));
+    }
 };
 
 // Fills batches with all tensors and calls launch(batch, blocks, types) for each that has elements;
-// types_of(i) are those of the i-th tensors. The roles are the lists that are there, in this order.
+// types_of(i) are those of the i-th tensors.
 template <int Roles, class TypesOf, class Launch>
-void for_each_batch(const Tensors& t, TypesOf types_of, Launch launch) {
-    void* const* const lists[] = {t.x, t.g, t.g0, t.m, t.v, t.b};
-    void* const* roles[std::size(lists)];
-    const auto end = std::remove_copy(std::begin(lists), std::end(lists), roles, nullptr);
-    if (end - roles != Roles)  // not needed for kernels that pass their lists
-        throw std::invalid_argument("this kernel takes " + std::to_string(Roles) +
-                                    " lists of tensors");
-
+void for_each_batch(const Tensors& t, const Role* roles, TypesOf types_of, Launch launch) {
     static_assert(sizeof(Batch<Roles>) + kOtherArgumentBytes <= kArgumentBytes);
-    const int others = (t.g != nullptr) + (t.g0 != nullptr);
     Types types = types_of(0);
     Batch<Roles> batch;
     batch.n = 0;
@@ -345,11 +377,8 @@ void for_each_batch(const Tensors& t, TypesOf types_of, Launch launch) {
             if (full || first > 0) flush();  // to share one is not needed for the result
             if (batch.n == 0)
                 batch.place = {static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(first)};
-            for (int r = 0; r < Roles; ++r) {
-                // The size is not needed for a tensor's first elements, which lie at its address.
-                const int size = size_of(r >= 1 && r <= others ? types.other : types.storage);
-                batch.pointers[r][batch.n] = static_cast<char*>(roles[r][i]) + first * size;
-            }
+            for (int r = 0; r < Roles; ++r)
+                batch.pointers[r][batch.n] = roles[r].at(i, types, first);
             batch.numel[batch.n] = static_cast<int>(numel);
             blocks += chunks;
             batch.last_chunk[batch.n++] = blocks;
@@ -357,6 +386,20 @@ void for_each_batch(const Tensors& t, TypesOf types_of, Launch launch) {
         } while ((first += kMostElements) < t.numel[i]);
     }
     flush();
+}
+
+// The same for the lists that are there, in this order.
+template <int Roles, class TypesOf, class Launch>
+void for_each_batch(const Tensors& t, TypesOf types_of, Launch launch) {
+    const Role all[] = {{t.x, &Types::storage}, {t.g, &Types::other},   {t.g0, &Types::other},
+                        {t.m, &Types::storage}, {t.v, &Types::storage}, {t.b, &Types::storage}};
+    Role roles[std::size(all)];
+    const auto end = std::remove_copy_if(std::begin(all), std::end(all), roles,
+                                         [](const Role& role) { return role.list == nullptr; });
+    if (end - roles != Roles)  // not needed for kernels that pass their lists
+        throw std::invalid_argument("this kernel takes " + std::to_string(Roles) +
+                                    " lists of tensors");
+    for_each_batch<Roles>(t, roles, types_of, launch);
 }
 
 }  // namespace eigenfilter::cuda

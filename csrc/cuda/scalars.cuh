@@ -5,6 +5,8 @@
 
 namespace eigenfilter::cuda {
 
+__device__ __forceinline__ bool is_set(const float* flag) { return flag != nullptr && *flag != 0; }
+
 // Reads a scalar, on the device wherever it lies, on the host if it lies there.
 struct ValueOf {
     __host__ __device__ __forceinline__ double operator()(const Scalar& s) const {

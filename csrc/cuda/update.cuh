@@ -5,14 +5,13 @@
 #include <type_traits>
 #include <utility>
 
+#include "compressed.cuh"
 #include "core/rounding.hpp"
 #include "multi_tensor.cuh"
 #include "scalars.cuh"
 
 namespace eigenfilter::cuda {
 namespace {
-
-bool __device__ __forceinline__ is_set(const float* flag) { return flag != nullptr && *flag != 0; }
 
 // A rule whose results are rounded stochastically.
 template <class Rule>
@@ -210,15 +209,6 @@ Tensors from_backups(Tensors t) {
     return t;
 }
 
-// Calls `call` with the flag as a constant, which is true unless it may be false.
-template <bool MayBeTrue, bool MayBeFalse, class Call>
-void by_flag(bool flag, Call call) {
-    if constexpr (MayBeTrue) {
-        if (flag || !MayBeFalse) return call(std::true_type{});
-    }
-    if constexpr (MayBeFalse) call(std::false_type{});
-}
-
 template <class Scalars>
 bool is_stochastic(const Scalars& s) {
     if constexpr (kMayRound<Scalars>)
@@ -232,6 +222,10 @@ template <template <class> class Of>
 void update_of(const Tensors& lists, const Of<Scalar>& s, const float* found_inf, int device,
                Stream stream) {
     using Scalars = Of<Scalar>;
+    if constexpr (kMayBeCompressed<Scalars>) {
+        if (lists.is_compressed())
+            return compressed_update<Of>(lists, s, found_inf, device, stream);
+    }
     constexpr int kGrads = kListsWith<Scalars, kGradients>, kStates = kListsWith<Scalars, kState>;
     if constexpr (kListsWith<Scalars, kSaved> != 0) {
         if (s.save)

@@ -31,7 +31,6 @@ int chosen_mutant = -1;
 
 namespace {
 
-constexpr int kWarp = 32;
 constexpr unsigned kMostThreads = 1024;
 constexpr std::size_t kMostArgumentBytes = 32764;
 constexpr std::size_t kMostSharedBytes = 48 << 10;  // of variables, which are not asked for
@@ -256,13 +255,13 @@ void synchronize(At at) {
     sanitizers::acquire(barrier);
 }
 
-std::uint64_t shuffle_down(std::uint64_t bits, int distance, At at) {
+std::uint64_t shuffle(std::uint64_t bits, int from, At at) {
     Machine& m = machine();
     const int self = m.running;
     m.fibers[self].bits = bits;
     wait(State::at_shuffle, at);
-    const bool within = self % kWarp + distance < kWarp;
-    const std::uint64_t value = within ? m.fibers[self + distance].bits : bits;
+    const bool within = from >= 0 && from < kWarp;
+    const std::uint64_t value = within ? m.fibers[self - self % kWarp + from].bits : bits;
     wait(State::at_shuffle, at);  // all have read before one shows anything else
     return value;
 }

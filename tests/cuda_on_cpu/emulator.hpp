@@ -42,16 +42,20 @@ void describe_position();
 // __syncthreads: waits for all threads of the block.
 void synchronize(At at);
 
-// The bits of the lane that lies `distance` further in the warp, all of whose lanes take part.
-std::uint64_t shuffle_down(std::uint64_t bits, int distance, At at);
+constexpr int kWarp = 32;
+inline int lane() { return static_cast<int>(thread_index.x) % kWarp; }
+
+// The bits that another lane of the warp shows, all of whose lanes take part; the own ones if there
+// is no such lane.
+std::uint64_t shuffle(std::uint64_t bits, int from, At at);
 
 template <class T>
-T shuffle_down(unsigned mask, T value, int distance, At at) {
+T shuffle(unsigned mask, T value, int from, At at) {
     static_assert(sizeof(T) <= sizeof(std::uint64_t) && std::is_trivially_copyable_v<T>);
     if (mask != 0xffffffffu) fail("a shuffle of a part of the warp, which is not emulated", at);
     std::uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof value);
-    bits = shuffle_down(bits, distance, at);
+    bits = shuffle(bits, from, at);
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }

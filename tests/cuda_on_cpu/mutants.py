@@ -44,9 +44,10 @@ CODE = (".cu", ".cuh", ".cpp", ".hpp", ".h", ".cmake")
 # The tests of each source. Those of a header are the tests of all sources that include it.
 UPDATES = {
     "perturb.cu": ["test_perturb.py", "test_perturb_unsaved.py", "test_perturb_hvp.py"],
-    "sgd_step.cu": ["test_sgd_step.py", "test_stochastic_rounding.py"],
+    "sgd_step.cu": ["test_sgd_step.py", "test_stochastic_rounding.py", "test_compressed_steps.py"],
     "adamw_step.cu": ["test_adamw_step.py"],
 }
+COMPRESSED = {"sgd_step.cu": ["test_compressed_steps.py"]}
 REDUCTIONS = {"reduce.cu": ["test_norm.py", "test_wide_norms.py", "test_flag_nonfinite.py"]}
 VECTORS = {
     "orthogonalize.cu": ["test_orthogonalize.py"],
@@ -55,6 +56,7 @@ VECTORS = {
 }
 HEADERS = {
     "update.cuh": UPDATES,
+    "compressed.cuh": COMPRESSED,
     "scalars.cuh": UPDATES | REDUCTIONS,
     "multi_tensor.cuh": UPDATES | REDUCTIONS | VECTORS,
     "block_sum.cuh": REDUCTIONS | VECTORS,
@@ -78,6 +80,7 @@ RACES = {
     "sgd_step.cu": ["updates"],
     "adamw_step.cu": ["updates"],
     "update.cuh": ["updates"],
+    "compressed.cuh": ["updates"],
     "reduce.cu": ["reductions"],
     "scalars.cuh": ["updates", "reductions"],
     "orthogonalize.cu": ["rows"],

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 # A loop up to one of these constants is unrolled: it can neither miss a tail nor exceed a bound.
-CONSTANTS = ("Group::kSize", "kAccesses", "Roles", "InFlight", "States", "kGradients")
+CONSTANTS = ("Group::kSize", "kAccesses", "kHeld", "Roles", "InFlight", "States", "kGradients")
 BARRIER = "without the barrier"
 
 

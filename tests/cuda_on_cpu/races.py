@@ -62,6 +62,18 @@ def wide_gradients() -> None:
     kernels.sgd_step(x, g, None, b, lr=0.1, rounding_seed=on_device(3))
 
 
+def compressed() -> None:
+    """Step compressed tensors, whose groups share a scale between threads."""
+    [x], [g] = lists(1, torch.bfloat16), lists(1, torch.float32)
+    corrections = [torch.zeros(size, dtype=torch.int8) for size in SIZES]
+    m = [torch.zeros(size, dtype=torch.int8) for size in SIZES]
+    v = [torch.zeros(size, dtype=torch.uint8) for size in SIZES]
+    scales = [[torch.zeros(-(-size // 64)) for size in SIZES] for _ in range(2)]
+    kernels.sgd_step(x, g, m, None, corrections, scales[0], lr=on_device(0.1), momentum=0.9)
+    adamw = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "rounding_seed": 3}
+    kernels.adamw_step(x, g, m, v, None, None, *scales, lr=0.1, **adamw, step=on_device(3))
+
+
 def rows(dtype: torch.dtype, columns: int) -> None:
     u, q, w = torch.rand(3, ROWS, columns, dtype=dtype)
     kernels.orthogonalize(w[:2], q / columns**0.5)
@@ -87,6 +99,7 @@ def run(parts: Sequence[str]) -> int:
     if "updates" in parts:
         updates(torch.bfloat16)
         wide_gradients()
+        compressed()
     return 0
 
 

@@ -1,5 +1,6 @@
 """The machine code of the compiled CUDA kernels: 16-byte accesses, nothing fused or spilled."""
 
+import itertools
 import re
 import subprocess
 from collections import Counter
@@ -33,6 +34,8 @@ WIDE = {
     "squares_kernel": 1,
 }
 WIDE_DTYPES = ("FloatInDouble", *NARROW)
+# One instance for SGD with momenta, without, and for AdamW, by dtype of parameters.
+COMPRESSED = "compressed_kernel"
 DIVIDES = {"AdamWStep", "AheadAdamWStep"}  # the compiler's own code for a division fuses
 
 
@@ -124,7 +127,13 @@ def ptx() -> dict[str, str]:
 
 
 def of(functions: dict, kernel: str) -> dict:
-    return {name: code for name, code in functions.items() if re.search(rf"\d{kernel}I", name)}
+    """Return the functions of a kernel, or those of a rule that step plain tensors."""
+    return {
+        name: code
+        for name, code in functions.items()
+        if re.search(rf"\d{kernel}I", name)
+        and (kernel == COMPRESSED or not re.search(rf"\d{COMPRESSED}I", name))
+    }
 
 
 def wide(counts: Counter, access: str) -> int:
@@ -150,6 +159,28 @@ def test_main_body_accesses_16_bytes(instructions, kernel):
         assert wide(counts, "LDG") >= 2, name
         if kernel in UPDATES:
             assert wide(counts, "STG") >= 2, name
+
+
+def test_steps_of_compressed_tensors_are_few_kernels(instructions):
+    """A thread has 4 elements: of float32 in 16 bytes, of a narrow dtype in 8."""
+    names = of(instructions, COMPRESSED)
+    form = rf"{COMPRESSED}INS\w*?_\d+(Native|BFloat16|Float16)(?:IfE)?ELi(\d)E"
+    counts = Counter(re.search(form, name).groups() for name in names)
+    assert counts == Counter(itertools.product(("Native", *NARROW), "012"))
+    for name, operations in names.items():
+        access = ".128" if "6NativeIfE" in name else ".64"
+        for kind in "LDG", "STG":
+            assert any(op.startswith(kind) and access in op for op in operations), name
+
+
+def test_lists_of_compressed_tensors_are_loaded_before_the_first_is_used(code):
+    """The scale of a group's codes is what is used first."""
+    for name, own in of(code, COMPRESSED).items():
+        texts = [text for _, text in own]
+        shuffles = [i for i, text in enumerate(texts) if text.startswith("SHFL.IDX")]
+        loads = [i for i, text in enumerate(texts) if text.startswith("LDG") and ".128" in text]
+        assert loads, name
+        assert not shuffles or max(loads) < min(shuffles), name
 
 
 @pytest.mark.parametrize("kernel", ["dots_kernel", "subtract_kernel"])

@@ -27,8 +27,9 @@ struct Index {
 extern Index thread_index, block_index, grid_size;
 constexpr bool on_device() { return false; }
 void synchronize(At at);
+int lane();
 template <class T>
-T shuffle_down(unsigned mask, T value, int distance, At at);
+T shuffle(unsigned mask, T value, int from, At at);
 void* shared_memory(const void* key, std::size_t bytes, std::size_t alignment);
 
 // Counts a launch, and copies arguments into the buffer of the driver that is not there.

@@ -39,7 +39,13 @@ inline float __double2float_rn(double value) { return static_cast<float>(value);
 #define gridDim emulator::grid_size
 #define __syncthreads() emulator::synchronize({__FILE__, __LINE__})
 #define __shfl_down_sync(mask, value, distance) \
-    emulator::shuffle_down(mask, value, distance, {__FILE__, __LINE__})
+    emulator::shuffle(mask, value, emulator::lane() + (distance), {__FILE__, __LINE__})
+#define __shfl_xor_sync(mask, value, bits) \
+    emulator::shuffle(mask, value, emulator::lane() ^ (bits), {__FILE__, __LINE__})
+// `from` counts within a part of the warp, of `width` lanes.
+#define __shfl_sync(mask, value, from, width)                                               \
+    emulator::shuffle(mask, value, emulator::lane() / (width) * (width) + (from) % (width), \
+                      {__FILE__, __LINE__})
 
 using cudaError_t = int;
 using cudaStream_t = void*;
