@@ -97,13 +97,21 @@ struct Quantizer {
         return root < most ? root : most;
     }
 
+    // The root as one of the two whole numbers beside it, as a sequence over the steps says, `word`
+    // 2^-32, that takes each fraction as often as the others. A moment changes by less than a step
+    // of q in many steps of an optimizer: to nearest it would stay for ever.
+    template <class V, class U>
+    EIGENFILTER_RULE V whole_root(V magnitude, U word) const {
+        return real(truncate(root(magnitude) + real(word >> 16) * 0x1p-16f));
+    }
+
     template <class V>
     static EIGENFILTER_RULE V value(V signed_square, float scale) {
         return signed_square * (1.0f / static_cast<float>(Most * Most)) * scale;
     }
 };
 
-// First moments: q from -127 to 127, to nearest.
+// First moments: q from -127 to 127.
 struct FirstMoment : Quantizer<127> {
     using Quantizer::Quantizer;
 
@@ -116,16 +124,14 @@ struct FirstMoment : Quantizer<127> {
         return value(q * absolute(q), scale);
     }
     template <class V, class U>
-    EIGENFILTER_RULE V encode(V m, V magnitude, U) const {
-        const V q = round_to_whole(root(magnitude));
-        return with_sign_of(q, m) + 0.0f;  // not -0, which codes do not have
+    EIGENFILTER_RULE V encode(V m, V magnitude, U word) const {
+        const V q = whole_root(magnitude, word);
+        return (m < 0.0f ? -q : q) + 0.0f;  // codes have no -0
     }
 };
 
 // Second moments: q from 0 to 255 is that of the root of v, so that the quotient m / sqrt(v) has
-// equal errors of both; from 1 if v is not 0. v changes by less than a step of q in most steps of
-// an optimizer: to nearest it would stay. It is rounded up or down as a sequence says, `word`
-// 2^-32, that takes each fraction as often as the others.
+// equal errors of both; from 1 if v is not 0.
 struct SecondMoment : Quantizer<255> {
     using Quantizer::Quantizer;
 
@@ -140,8 +146,7 @@ struct SecondMoment : Quantizer<255> {
     }
     template <class V, class U>
     EIGENFILTER_RULE V encode(V v, V magnitude, U word) const {
-        const V up = real(word >> 16) * 0x1p-16f;
-        const V q = real(truncate(root(magnitude) + up));
+        const V q = whole_root(magnitude, word);
         return v > 0.0f ? (q < 1.0f ? 1.0f + V{} : q) : q;
     }
 };
@@ -152,13 +157,9 @@ EIGENFILTER_RULE U word_of(std::uint32_t step, U index) {
     return (index + step) * 0x9e3779b9u;
 }
 
-// The step of an update that counts them, because it has second moments.
 template <class Scalars>
-EIGENFILTER_RULE std::uint32_t number_of_step([[maybe_unused]] const Scalars& s) {
-    if constexpr (kListsWith<Scalars, kState> == 2)
-        return static_cast<std::uint32_t>(static_cast<std::int64_t>(s.step));
-    else
-        return 0;
+EIGENFILTER_RULE std::uint32_t number_of_step(const Scalars& s) {
+    return static_cast<std::uint32_t>(static_cast<std::int64_t>(s.step));
 }
 
 }  // namespace eigenfilter

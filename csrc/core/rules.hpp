@@ -32,7 +32,6 @@ EIGENFILTER_RULE double power(double base, double exponent) {
 EIGENFILTER_RULE float square_root(float v) { return sqrtf(v); }
 EIGENFILTER_RULE double square_root(double v) { return sqrt(v); }
 EIGENFILTER_RULE float absolute(float v) { return fabsf(v); }
-EIGENFILTER_RULE float with_sign_of(float v, float sign) { return copysignf(v, sign); }
 
 // An update is described by the struct of its scalars, which are doubles for the CPU and Scalars
 // for a GPU. Results of one with a rounding_seed may be rounded stochastically. Its rule is made
@@ -138,7 +137,7 @@ template <class>
 struct SgdStep;
 template <class Real>
 struct SgdStepScalars {
-    Real lr, momentum, dampening, weight_decay, extrapolation, grad_scale, rounding_seed;
+    Real lr, momentum, dampening, weight_decay, extrapolation, step, grad_scale, rounding_seed;
     bool nesterov, maximize;
     bool stochastic;  // whether there is a seed, and results are bf16 or f16
 
@@ -158,6 +157,7 @@ struct SgdStepScalars {
         {"dampening", &Call::dampening, Range::finite},
         {"weight_decay", &Call::weight_decay, Range::finite},
         {"extrapolation", &Call::extrapolation, Range::finite, &Tensors::m},
+        {"step", &Call::step, Range::count},
         {"nesterov", &Call::nesterov, &Tensors::m},
         {"maximize", &Call::maximize},
         {"rounding_seed", &Call::rounding_seed, Range::seed},

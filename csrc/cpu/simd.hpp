@@ -321,9 +321,6 @@ EIGENFILTER_INLINE V square_root(V v) {
 #endif
 
 EIGENFILTER_INLINE Floats absolute(Floats v) { return (Floats)((Words)v & 0x7fffffffu); }
-EIGENFILTER_INLINE Floats with_sign_of(Floats v, Floats sign) {
-    return (Floats)((Words)v | ((Words)sign & 0x80000000u));
-}
 
 // Of numbers below 2^31: conversions of signed integers are one instruction everywhere.
 using Integers = Vec<std::int32_t, kRegisterBytes / 4>;

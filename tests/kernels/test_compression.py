@@ -130,14 +130,17 @@ def scale_of(value: Tensor, scales: Tensor) -> Tensor:
     return scales.double().repeat_interleave(GROUP)[: value.numel()]
 
 
+@pytest.mark.parametrize("step", [None, 1, 1000])
 @pytest.mark.parametrize("spread", [0.0, 2.0, 12.0])
-def test_a_first_moment_errs_within_its_bound(spread: float) -> None:
+def test_a_first_moment_errs_within_its_bound(spread: float, step: int | None) -> None:
     m = states(0, spread)
-    codes, scales = encode(m, torch.int8)
+    codes, scales = encode(m, torch.int8, step)
     s, size = scale_of(m, scales), m.double().abs()
     error = (decode(codes, scales).double() - m.double()).abs()
-    bound = (127 * (s * size).sqrt() + s / 4) / 127**2
-    assert (error <= bound + ROUNDING * size + 2.0**-100).all()
+    bound = (2 * 127 * (s * size).sqrt() + s) / 127**2
+    if step is None:  # to nearest
+        bound = (127 * (s * size).sqrt() + s / 4) / 127**2
+    assert (error <= bound + ROUNDING * (size + bound) + 2.0**-100).all()
     assert scales.shape == (groups(m),)
     rows = m[: GROUP * (m.numel() // GROUP)].view(-1, GROUP)
     whole = rows.abs().amax(1)
@@ -182,22 +185,28 @@ def test_a_group_that_is_not_finite_is_nan_and_the_others_stay(bad: float) -> No
     assert same_bits(got[rest], wanted[rest])
 
 
-def decayed(steps: int, *, nearest: bool) -> Tensor:
-    """Second moments after `steps` steps in which all gradients but the largest were 0."""
-    beta2 = 0.999
-    v = torch.linspace(0.01, 1.0, GROUP).square()
-    held, codes, scales = v[-1].clone(), *encode(v, torch.uint8)
+def decayed(codes_dtype: torch.dtype, beta: float, steps: int, *, nearest: bool) -> Tensor:
+    """States after `steps` steps in which all gradients but the largest's were 0."""
+    value = torch.linspace(0.01, 1.0, GROUP)
+    value = value.square() if codes_dtype == torch.uint8 else value
+    held, codes, scales = value[-1].clone(), *encode(value, codes_dtype)
     for step in range(steps):
-        v = beta2 * decode(codes, scales)
-        v[-1] = held  # its gradient keeps it
-        codes, scales = encode(v, torch.uint8, None if nearest else step)
+        value = beta * decode(codes, scales)
+        value[-1] = held  # its gradient keeps it
+        codes, scales = encode(value, codes_dtype, None if nearest else step)
     return decode(codes, scales)
 
 
-def test_second_moments_decay_although_each_step_is_less_than_a_code() -> None:
-    steps = 700
-    exact = 0.999**steps * torch.linspace(0.01, 1.0, GROUP).square()
-    got, nearest = decayed(steps, nearest=False), decayed(steps, nearest=True)
-    small = slice(2, GROUP - 1)  # the first ones are within a code of 0, the last one is held
-    assert ((got - exact).abs() <= 0.15 * exact)[small].all()
-    assert (nearest >= 1.8 * exact)[small].all(), "to nearest they stay"
+@pytest.mark.parametrize(
+    ("codes_dtype", "beta", "steps"), [(torch.uint8, 0.999, 700), (torch.int8, 0.99, 70)]
+)
+def test_states_decay_although_each_step_is_less_than_a_code(
+    codes_dtype: torch.dtype, beta: float, steps: int
+) -> None:
+    start = torch.linspace(0.01, 1.0, GROUP)
+    exact = beta**steps * (start.square() if codes_dtype == torch.uint8 else start)
+    got = decayed(codes_dtype, beta, steps, nearest=False)
+    nearest = decayed(codes_dtype, beta, steps, nearest=True)
+    small = slice(4, GROUP - 1)  # the first ones are within a code of 0, the last one is held
+    assert ((got - exact).abs() <= 0.2 * exact)[small].all()
+    assert (nearest >= 1.2 * exact)[small].all(), "to nearest they stay"

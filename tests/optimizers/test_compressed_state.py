@@ -291,6 +291,88 @@ def test_other_memory_formats() -> None:
     assert opt.state[model.weight]["exp_avg"].stride() == model.weight.stride()
 
 
+@pytest.mark.parametrize(
+    ("make", "steps"),
+    [
+        (lambda p, **kw: ef.AdamW(p, lr=1e-3, weight_decay=0.0, **kw), 4000),
+        (lambda p, **kw: ef.SGD(p, lr=1e-3, momentum=0.99, **kw), 2000),
+    ],
+)
+def test_momenta_of_gradients_that_end_decay(make: Any, steps: int) -> None:
+    """Although another element keeps the scale of their group."""
+    ends = []
+    for options in ({}, {"state_bits": 8}):
+        p = nn.Parameter(torch.zeros(GROUP))
+        opt = make([p], **options)
+        for step in range(steps):
+            p.grad = torch.zeros(GROUP)
+            p.grad[0] = 1.0
+            if step < 20:
+                p.grad[1:] = 1.0
+            opt.step()
+        ends.append(p.detach()[1:])
+    assert ((ends[1] - ends[0]).abs() <= 0.15 * ends[0].abs()).all()
+
+
+@pytest.mark.parametrize("shape", [(9,), (1,)])
+def test_a_state_of_another_shape_is_refused_before_anything_is_loaded(
+    shape: tuple[int, ...],
+) -> None:
+    def trained(second: tuple[int, ...], lr: float) -> Any:
+        params = [nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(second))]
+        opt = ef.SGD(params, lr=lr, momentum=0.9, state_bits=8)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        return opt
+
+    opt, other = trained((8,), 0.1), trained(shape, 0.2)
+    before = copy.deepcopy(opt.compressed_state_dict())
+    with pytest.raises(ValueError, match="holds the state of a tensor"):
+        opt.load_state_dict(other.state_dict())
+    after = opt.compressed_state_dict()
+    assert after["param_groups"][0]["lr"] == 0.1
+    for i, entry in before["state"].items():
+        assert all(same_bits(after["state"][i][key], t) for key, t in entry.items())
+
+
+def test_codes_without_their_scales_are_refused() -> None:
+    model = network()
+    opt = OPTIMIZERS["heavy ball"](model.parameters(), **SMALLEST)
+    train(model, opt)
+    saved = opt.compressed_state_dict()
+    saved["state"] = {
+        i: {key: t for key, t in entry.items() if key != "momentum_buffer_scale"}
+        for i, entry in saved["state"].items()
+    }
+    for options in (SMALLEST, {}):
+        other = OPTIMIZERS["heavy ball"](network().parameters(), **options)
+        with pytest.raises(ValueError, match="holds codes of 8 bits"):
+            other.load_state_dict(saved)
+
+
+def test_a_model_that_becomes_float32_has_float32_weights() -> None:
+    model = network()
+    opt = OPTIMIZERS["heavy ball"](model.parameters(), **SMALLEST)
+    train(model, opt)
+    model.float()
+    for master, p in zip(opt.master_weights(), model.parameters(), strict=True):
+        assert same_bits(master, p.detach())
+    train(model, opt)
+
+
+def test_at_x_is_refused_in_mid_step_and_leaves_the_step_as_it_is() -> None:
+    model = network()
+    opt = ef.AdamW(model.parameters(), lr=0.02, extrapolation=0.01, rho=0.05, **SMALLEST)
+    closure = closure_for(model, opt)
+    closure()
+    assert opt.ascend()
+    with pytest.raises(RuntimeError, match="perturbed"), ef.optimizers.extrapolation.at_x(opt):
+        pass
+    closure()
+    opt.step()
+
+
 def state_bytes(opt: torch.optim.Optimizer) -> int:
     return sum(
         t.numel() * t.itemsize

@@ -1,7 +1,6 @@
 """Compressed states under DDP, FSDP2 and distributed checkpoints.
 
-All processes take the same batch, and the shards are whole groups of codes, so that a single
-process has the same bits.
+All processes take the same batch, and the shards are whole groups of codes.
 """
 
 from __future__ import annotations
@@ -136,13 +135,14 @@ def test_ddp_is_the_single_processs_run(run_distributed: RunDistributed, name: s
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_fsdp2_is_the_single_processs_run(run_distributed: RunDistributed, name: str) -> None:
-    """Second moments are rounded up or down by the number of an element in its shard."""
+    """But for codes, which are rounded up or down by the number of an element in its shard.
+
+    A step of them is at most 1.6% of the largest one of its group.
+    """
     for got in run_distributed(under_fsdp, WORLD, name):
-        if name in ("heavy ball", "usam"):
-            assert_same(got, alone(name))
-        else:
-            for a, b in zip(got, alone(name), strict=True):
-                assert (a - b).abs().max() <= 0.02 * b.abs().max()
+        for a, b in zip(got, alone(name), strict=True):
+            assert a.dtype == b.dtype
+            assert (a - b).abs().max() <= STEPS * 0.016 * b.abs().max()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

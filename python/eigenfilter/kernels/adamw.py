@@ -97,7 +97,7 @@ def adamw_step(
         v = b2.to(T) * before[1] + (1 - b2).to(T) * (d * d)
         decay = (1 - a * real(weight_decay, p)).to(T)
         change = _update(m, v, a, betas, eps, count)
-        m = lists.write_state(m, exp_avgs[i], scales[0], M)
+        m = lists.write_state(m, exp_avgs[i], scales[0], M, count)
         v = lists.write_state(v, exp_avg_sqs[i], scales[1], V, count)
         e = real(extrapolation, p)
         if e != 0:

@@ -18,12 +18,12 @@ States. 64 elements, in the order of memory, share a scale s, their largest magn
 
     m = s q |q| / 127^2,  -127 <= q <= 127;      sqrt(v) = s q^2 / 255^2,  0 <= q <= 255.
 
-The root spends the codes on small values: m errs by at most (127 sqrt(s |m|) + s / 4) / 127^2 and
-sqrt(v) by at most (510 sqrt(s sqrt(v)) + s) / 255^2, but for float32's roundings, and s by nothing.
-v > 0 has q >= 1, so that no update is divided by 0. The update of v is smaller than the steps of q:
-it is rounded up or down by a sequence over the steps that takes each fraction equally often, where
-rounding to nearest would leave v as it is. A group whose largest magnitude is not finite is NaN,
-and one below 2^-100 is 0.
+The root spends the codes on small values. In a step of an optimizer m errs by at most
+(254 sqrt(s |m|) + s) / 127^2 and sqrt(v) by at most (510 sqrt(s sqrt(v)) + s) / 255^2, but for
+float32's roundings, and s by nothing. v > 0 has q >= 1, so that no update is divided by 0. A moment
+often changes by less than a step of q: it is rounded up or down by a sequence over the steps that
+takes each fraction equally often, where rounding to nearest would leave it as it is. A group whose
+largest magnitude is not finite is NaN, and one below 2^-100 is 0.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def encode(value: Tensor, codes: torch.dtype, step: int | None = None) -> tuple[
     Args:
         value: the state, dense.
         codes: int8 for a first moment, uint8 for a second one, which is not negative.
-        step: the number of the step, for a second moment that changes by little in each: it is
-            rounded up or down. None rounds to nearest.
+        step: the number of the step, for a state that changes by little in each: it is rounded up
+            or down. None rounds to nearest.
 
     Returns:
         Codes like `value`, and float32 scales [groups].
@@ -133,7 +133,7 @@ def encode(value: Tensor, codes: torch.dtype, step: int | None = None) -> tuple[
     factor = torch.where(scale > 0, torch.full_like(scale, most**2) / scale, 0.0)
     root = square_root(size * factor[:, None]).flatten()[: flat.numel()]
     root = torch.where(root < most, root, float(most))
-    if step is None or not is_root:
+    if step is None:
         q = root.round()
     else:
         index = torch.arange(flat.numel(), device=value.device)
@@ -184,7 +184,7 @@ class Lists:
         write(self.correction, correction, self.found_inf)
 
     def write_state(
-        self, value: Tensor, state: Tensor, scales: Tensor | None, output: int, step: int = 0
+        self, value: Tensor, state: Tensor, scales: Tensor | None, output: int, step: int
     ) -> Tensor:
         """Write a state's result; return it as it is when it is read again, flag or not."""
         if scales is None:

@@ -31,6 +31,7 @@ def sgd_step(
     dampening: Scalar = 0.0,
     weight_decay: Scalar = 0.0,
     extrapolation: Scalar = 0.0,
+    step: Scalar = 1.0,
     nesterov: bool = False,
     maximize: bool = False,
     rounding_seed: Scalar | None = None,
@@ -69,6 +70,8 @@ def sgd_step(
         dampening: share of the gradient that stays out of the buffers, in [0, 1].
         weight_decay: coefficient wd of the L2 penalty, at least 0.
         extrapolation: how far e along -m the parameters lie ahead of the iterate.
+        step: the number of this step, a whole number from 1. Momenta that are codes are rounded up
+            or down by it; it has to differ from step to step.
         nesterov: whether to add the gradient to the new momentum once more.
         maximize: whether to maximize the objective.
         rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results
@@ -101,7 +104,7 @@ def sgd_step(
             before = read(momenta[i], scales, T)
             m = beta * before + keep * d
             u = d + beta * m if nesterov else m
-            m = lists.write_state(m, momenta[i], scales, M)
+            m = lists.write_state(m, momenta[i], scales, M, int(step))
             e = real(extrapolation, p).to(T)
             if e != 0:
                 ahead = e * (m - before)

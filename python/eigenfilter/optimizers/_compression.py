@@ -99,19 +99,28 @@ class Formats:
 
 
 def expanded(entry: Mapping[str, Any], key: str) -> Tensor:
-    """A state as numbers: what its codes stand for, or what it is."""
+    """A state as numbers: what its codes stand for, or what it is.
+
+    Raises:
+        ValueError: there are codes, and no scales that go with them.
+    """
     value: Tensor = entry[key]
-    if value.dtype not in CODES or scale_key(key) not in entry:
+    if not isinstance(value, Tensor) or value.dtype not in CODES:
         return value
-    scale = entry[scale_key(key)]
-    return _placed(value, decode(_distributed.local(value), scale))
+    scale, local = entry.get(scale_key(key)), _distributed.local(value)
+    if not isinstance(scale, Tensor) or scale.shape != (groups(local),):
+        raise ValueError(
+            f"{key} holds codes of 8 bits, and {scale_key(key)} is not their {groups(local)} "
+            "scales: load the whole state, or a state_dict()"
+        )
+    return _placed(value, decode(local, scale))
 
 
-def expanded_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state with numbers in the place of codes and scales."""
-    scales = {scale_key(key) for key in entry} & set(entry)
+def expanded_entry(entry: Mapping[str, Any], states: tuple[str, ...]) -> dict[str, Any]:
+    """A parameter's state with numbers in the place of the codes and scales of its `states`."""
+    scales = {scale_key(key) for key in states if key in entry}
     return {
-        key: expanded(entry, key) if scale_key(key) in entry else value
+        key: expanded(entry, key) if key in states else value
         for key, value in entry.items()
         if key not in scales
     }
@@ -136,38 +145,41 @@ def set_apart(
     if len(ids) != len(params):  # torch raises its own error
         return state_dict, []
     rest, apart = dict(saved), []
-    own = () if formats.are_usual else (*states, *formats.keys(states))
     for number, p in zip(ids, params, strict=True):
-        entry = saved.get(number, {})
-        _refuse_other_shards(p, entry)
-        if formats.state_bits != 8:
-            entry = expanded_entry(entry)
-        if formats.correction(p) is None:
-            entry = {key: value for key, value in entry.items() if key != CORRECTION}
-        if number in saved:
-            rest[number] = {key: value for key, value in entry.items() if key not in own}
-        copies = {key: entry[key].to(p.device, copy=True) for key in own if key in entry}
-        if copies:
-            apart.append((p, copies))
+        if number not in saved:
+            continue
+        entry: Mapping[str, Any] = saved[number]
+        own: dict[str, Any] = {}
+        kept = () if formats.are_usual else states
+        kept += () if formats.correction(p) is None else (CORRECTION,)
+        for key in kept:
+            if isinstance(entry.get(key), Tensor):
+                _refuse_other_shape(key, p, entry[key])
+                copies = {k: entry[k] for k in (key, scale_key(key)) if k in entry}
+                own |= {k: t.to(p.device, copy=True) for k, t in copies.items()}
+                formats.fit(key, p, own)
+        codes = [k for k, t in entry.items() if isinstance(t, Tensor) and t.dtype in CODES]
+        numbers = expanded_entry(entry, tuple(k for k in codes if k != CORRECTION))
+        rest[number] = {k: v for k, v in numbers.items() if k not in (*own, CORRECTION)}
+        apart.append((p, own))
     return state_dict | {"state": rest}, apart
 
 
-def _refuse_other_shards(p: Tensor, entry: Mapping[str, Any]) -> None:
-    """Raise ValueError for codes of a shard that is not the parameter's."""
-    shape = _distributed.local(p).shape
-    for key, value in entry.items():
-        if scale_key(key) in entry and _distributed.local(value).shape != shape:
-            raise ValueError(
-                f"{key} holds the codes of a tensor {tuple(_distributed.local(value).shape)}, and "
-                f"this rank's part of its parameter is {tuple(shape)}: a compressed_state_dict() "
-                "belongs to the sharding that it was saved with; save and load state_dict()"
-            )
+def _refuse_other_shape(key: str, p: Tensor, value: Tensor) -> None:
+    """Raise ValueError for a state whose part on this rank is not like the parameter's."""
+    shape, own = _distributed.local(p).shape, _distributed.local(value).shape
+    if own != shape:
+        raise ValueError(
+            f"{key} holds the state of a tensor {tuple(own)}, and this rank's part of its "
+            f"parameter is {tuple(shape)}: a compressed_state_dict() belongs to the sharding that "
+            "it was saved with; save and load state_dict()"
+        )
 
 
 def master_weight(p: Tensor, entry: Mapping[str, Any]) -> Tensor:
     """The master weight of a parameter, float32 (float64 for one of float64), in new memory."""
     p = p.detach()
-    if CORRECTION not in entry:
+    if p.itemsize != 2 or CORRECTION not in entry:
         return p.to(torch.promote_types(p.dtype, torch.float32), copy=True)
     whole = join(_distributed.local(p), _distributed.local(entry[CORRECTION]))
     return _placed(p, whole)
@@ -176,7 +188,7 @@ def master_weight(p: Tensor, entry: Mapping[str, Any]) -> Tensor:
 def set_master_weight(p: Tensor, entry: Mapping[str, Any], value: Tensor) -> None:
     """Write a master weight to a parameter and its correction, rounded to what they hold."""
     local, value = _distributed.local(p.detach()), _distributed.local(value)
-    if CORRECTION not in entry:
+    if p.itemsize != 2 or CORRECTION not in entry:
         local.copy_(value)
         return
     correction = _distributed.local(entry[CORRECTION])
@@ -187,9 +199,11 @@ def set_master_weight(p: Tensor, entry: Mapping[str, Any], value: Tensor) -> Non
 
 
 def _as_correction(buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    """A correction with more or fewer bits."""
+    """A correction with more or fewer bits; one of another optimizer, which has cast it, is 0."""
     if buffer.dtype == dtype:
         return buffer
+    if buffer.dtype not in _CORRECTIONS.values():
+        return torch.zeros_like(buffer, dtype=dtype)
     if dtype == torch.int16:
         return buffer.to(dtype) << 8
     return ((buffer.int() + 128) >> 8).clamp(max=127).to(dtype)

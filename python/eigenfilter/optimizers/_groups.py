@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from eigenfilter import _core, _distributed, kernels
 from eigenfilter.optimizers._accumulation import UsedGradients, any_nonzero, zero_gradients
@@ -295,12 +294,14 @@ class GroupedOptimizer(torch.optim.Optimizer):
             RuntimeError: the parameters are perturbed, as the model's own state_dict would be.
         """
         saved = self.compressed_state_dict()
-        saved["state"] = {key: expanded_entry(entry) for key, entry in saved["state"].items()}
+        moments = self._update.moments
+        state = {key: expanded_entry(entry, moments) for key, entry in saved["state"].items()}
+        saved["state"] = state
         return saved
 
     @through_owner
     def compressed_state_dict(self) -> dict[str, Any]:
-        """The state_dict with states of 8 bits as their codes and scales: a quarter of the bytes.
+        """The state_dict with states of 8 bits as their codes and scales.
 
         `load_state_dict` takes it, with any `state_bits`. Under FSDP2 it must be loaded with the
         sharding that it was saved with, because the scales belong to the shards.
@@ -339,7 +340,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """
         self._refuse_perturbed("load_master_weights()")
         params, weights = self._params(), list(weights)
-        shapes = [tuple(w.shape) for w in weights]
+        shapes = [tuple(w.shape) if isinstance(w, Tensor) else None for w in weights]
         if shapes != [tuple(p.shape) for p in params]:
             raise ValueError(
                 f"there are {len(params)} parameters and {len(weights)} weights, of shapes that "
@@ -348,7 +349,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._corrections()
         for p, weight in zip(params, weights, strict=True):
             set_master_weight(p, self.state.get(p, {}), weight)
-            increment_version(p)
+        self._buckets.refresh(self)
+        self._buckets.mark_written(self._buckets.built)
 
     @through_owner
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -369,9 +371,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         state_dict, apart = set_apart(state_dict, self._params(), formats, self._update.moments)
         super().load_state_dict(state_dict)
         for p, entry in apart:
-            self.state[p].update(entry)
-            for key in {CORRECTION, *self._update.moments} & set(entry):
-                formats.fit(key, p, self.state[p])
+            if entry:
+                self.state[p].update(entry)
         remember_lrs(self)
 
     def _corrections(self) -> list[Tensor]:

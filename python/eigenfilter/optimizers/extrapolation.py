@@ -128,6 +128,7 @@ def at_x(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     if not isinstance(optimizer, ExtrapolatedOptimizer) or not any(g[key] for g in groups):
         yield
         return
+    optimizer._refuse_perturbed("at_x()")
     params = [_distributed.local(p).detach() for group in groups for p in group["params"]]
     params += optimizer._corrections()
     kept, marks = [p.clone() for p in params], [group[key] for group in groups]

@@ -28,9 +28,9 @@ class Options(TypedDict, total=False):
             down at random, without bias, so that small updates are not lost on average. The
             default is False.
         master_weight_bits: 24 or 32 for bfloat16 and float16 parameters that stand for master
-            weights of so many bits, with a correction of 8 or 16 bits each in the state: small
-            updates are not lost. Ascents perturb the parameters, and leave the corrections. Others
-            have no corrections. The default is None, for none at all.
+            weights of so many bits, with a correction of 8 or 16 bits each in the state: updates
+            down to 2^-17 of a bfloat16 weight count, or all of float32's. Ascents perturb the
+            parameters, and leave the corrections. The default is None, for no corrections.
         state_bits: bits of each number of the momentum or of the moments: 32 (float32), 16
             (bfloat16), 8 (codes, with a scale for every 64), or None, the default, for the
             parameters' dtype. See `eigenfilter.kernels.compression` for how far they err.

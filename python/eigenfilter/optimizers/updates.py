@@ -23,6 +23,7 @@ EXTRAPOLATED_RHO = "extrapolated_rho"  # the radius of MSAM that its parameters 
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
 
 SEED = "rounding_seed"  # in a group that rounds stochastically; counts its kernel calls
+TURN = "rounding_step"  # in a group of SGD whose momenta are codes; counts its steps
 SEEDS = 2**24
 SPREAD = 0x9E3779B1  # odd: the seeds of groups and shards start far from each other
 
@@ -41,6 +42,16 @@ def rounding_seed(bucket: ParamBucket) -> Tensor | None:
         seed = torch.tensor(float(start * SPREAD % SEEDS), dtype=torch.float32)
     group[SEED] = seed = seed.to(bucket.device)
     return cast(Tensor, seed.add_(1).remainder_(SEEDS))
+
+
+def rounding_step(bucket: ParamBucket) -> float | Tensor:
+    """The number of the step, from 1 and counted on the device, by which codes are rounded."""
+    if bucket.scales(MOMENTUM) is None:
+        return 1.0
+    turn: Tensor | None = bucket.group.get(TURN)
+    turn = torch.ones((), dtype=torch.float32) if turn is None else turn
+    bucket.group[TURN] = turn.to(bucket.device)
+    return cast(Tensor, bucket.group[TURN])
 
 
 class Update:
@@ -218,6 +229,12 @@ class SGDUpdate(ExtrapolatedUpdate):
         for p in bucket.params:
             yield [p], [bucket.store.number(MOMENTUM, p)]
 
+    def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
+        super().end(buckets, amp)
+        for group in buckets.groups:
+            if TURN in group:
+                group[TURN].remainder_(SEEDS).add_(1)
+
     def momentum(self, bucket: ParamBucket) -> float | Tensor:
         """The factor of the buffers that the kernel is called with."""
         momentum: float | Tensor = bucket.group["momentum"]
@@ -226,7 +243,9 @@ class SGDUpdate(ExtrapolatedUpdate):
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
         momenta, scales, dampening, extrapolation, undo = None, None, 0.0, 0.0, False
+        turn: float | Tensor = 1.0
         if group["momentum"] != 0:
+            turn = rounding_step(bucket)
             momenta, scales = bucket.buffers(MOMENTUM), bucket.scales(MOMENTUM)
             extrapolation = group.get(EXTRAPOLATED, 0.0)
             if bucket_slice.state_signature:
@@ -244,6 +263,7 @@ class SGDUpdate(ExtrapolatedUpdate):
             dampening=dampening,
             weight_decay=group["weight_decay"],
             extrapolation=extrapolation,
+            step=turn,
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             rounding_seed=rounding_seed(bucket),

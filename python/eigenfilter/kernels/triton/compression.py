@@ -4,7 +4,7 @@ A block has whole groups of a state: their elements are a row of [BLOCK / GROUP,
 absent, corrections or scales, has None for an address, and its branch is not compiled.
 
 `how` to write results is whether the step is stopped, the noise of their rounding (see `rounding`),
-and where the sequence that rounds second moments stands at the chunk's first element.
+and where the sequence that rounds codes stands at the chunk's first element.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -192,11 +192,10 @@ def _encode(value, codes, turn, start, length, BLOCK: tl.constexpr, WIDE: tl.con
     factor = tl.where(scale > 0, divide(whole, scale), 0.0)
     root = square_root(size * _spread(factor, BLOCK))
     root = tl.where(root < MOST, root, MOST)
+    word = (turn + lanes.to(tl.uint32)) * _GOLDEN
+    q = (root + (word >> 16).to(tl.int32).to(tl.float32) * 2.0**-16).to(tl.int32)
     if codes.dtype == tl.int8:
-        q = _round_to_whole(root)
-        q = tl.where(value < 0, -q, q).to(tl.int32)
+        q = tl.where(value < 0, -q, q)
     else:
-        word = (turn + lanes.to(tl.uint32)) * _GOLDEN
-        q = (root + (word >> 16).to(tl.int32).to(tl.float32) * 2.0**-16).to(tl.int32)
         q = tl.where((value > 0) & (q < 1), 1, q)
     return q.to(codes.dtype), scale
