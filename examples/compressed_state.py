@@ -248,7 +248,7 @@ def of_seeds(records: Sequence[Record], others: Sequence[Record]) -> list[Record
 
 def difference(mine: Sequence[Record], usual: Sequence[Record], measure: str) -> str:
     """The mean difference of runs from float32's, and its error, in deviations of float32's."""
-    pairs = zip(of_seeds(mine, usual), of_seeds(usual, mine), strict=True)
+    pairs = zip(mine, of_seeds(usual, mine), strict=True)
     differences = [a[measure] - b[measure] for a, b in pairs]
     unit = deviation([r[measure] for r in usual])
     error = deviation(differences) / math.sqrt(len(differences))
@@ -257,7 +257,7 @@ def difference(mine: Sequence[Record], usual: Sequence[Record], measure: str) ->
 
 def distance(mine: Sequence[Record], usual: Sequence[Record]) -> float:
     """The distance of two mean loss curves, root mean square, in deviations of float32's."""
-    pairs = zip(curves(of_seeds(mine, usual)), curves(of_seeds(usual, mine)), strict=True)
+    pairs = zip(curves(mine), curves(of_seeds(usual, mine)), strict=True)
     squares = [(statistics.fmean(a) - statistics.fmean(b)) ** 2 for a, b in pairs]
     return math.sqrt(sum(squares) / sum(deviation(at) ** 2 for at in curves(usual)))
 
@@ -275,7 +275,7 @@ def table(name: str, records: Sequence[Record]) -> str:
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     usual = of(records, name, REFERENCE)
     for form in METHODS[name].formats:
-        mine = of(records, name, form)
+        mine = of_seeds(of(records, name, form), usual)
         if not mine:
             continue
         seconds = statistics.fmean(r["seconds"] for r in mine)
@@ -316,9 +316,8 @@ def draw(names: Sequence[str], records: Sequence[Record], path: Path) -> None:
             lower.plot([place] * len(mine), sharpness, "o", color=how.color, ms=4, alpha=0.6)
             lower.plot(place, statistics.fmean(sharpness), "_", color=how.color, ms=18)
         upper.set_title(METHODS[name].title, size=10)
-        upper.set_yscale("log")
         upper.set_xlabel("step")
-        lower.set_yscale("log")
+        lower.set_ylim(0, 1.05 * lower.get_ylim()[1])
         lower.set_xticks([])
     columns[0][0].set_ylabel("training loss")
     columns[0][1].set_ylabel("largest Hessian eigenvalue at the end")

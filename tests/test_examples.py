@@ -192,11 +192,12 @@ def test_compressed_state_trains_every_format(tmp_path: Path) -> None:
         abs=0.01,
     )
     first = {form: runs[form, 1]["losses"][0] for form in sizes}
-    assert (
-        first["float32"] == first["state8"] == first["nearest"] != runs["float32", 0]["losses"][0]
-    )
-    assert first["master24"] == first["master24_state8"] == first["bfloat16"]  # of equal parameters
+    alike = [("float32", "state8", "nearest"), ("master24_state8", "master24")]
+    alike += [("bfloat16", "stochastic")]  # of the same parameters on the same batch
+    assert [len({first[form] for form in forms}) for forms in alike] == [1, 1, 1]
+    assert len(set(first.values())) == 3
     assert first["bfloat16"] == pytest.approx(first["float32"], rel=1e-2)
+    assert first["master24"] == pytest.approx(first["float32"], rel=1e-2)
     table = (tmp_path / "compressed_state.md").read_text().splitlines()
     assert len(table) == 4 + len(sizes)
     assert (tmp_path / "compressed_state.png").stat().st_size > 0
