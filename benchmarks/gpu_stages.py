@@ -25,7 +25,7 @@ REFUSALS = ("Device not supported", "LibraryNotLoaded", "ERR_NVGPUCTRPERM")
 
 # The kernels, without the "_kernel" at the end of their names.
 NATIVE = (
-    "update",
+    *("update", "compressed"),
     *("squares", "finish_norm", "nonfinite"),
     *("dots", "add_tiles", "subtract", "finish_norms"),
     *("row_dots", "lanczos_step", "gram", "mix_rows", "add_sums"),

@@ -169,3 +169,39 @@ def test_one_gradient_trains_every_method(tmp_path: Path) -> None:
     assert (tmp_path / "one_gradient.png").stat().st_size > 0
     again = subprocess.run(study, check=True, capture_output=True, text=True)
     assert again.stdout == ""  # nothing is run twice
+
+
+@pytest.mark.slow
+def test_compressed_state_trains_every_format(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    study = [sys.executable, str(EXAMPLES / "compressed_state.py"), str(tmp_path), "--short"]
+    study += ["--methods", "adamw", "--seeds", "2", "--processes", "1"]
+    subprocess.run(study, check=True, capture_output=True)
+    records = [json.loads(line) for line in (tmp_path / "short.jsonl").read_text().splitlines()]
+    runs = {(run["format"], run["seed"]): run for run in records}
+    sizes = {form: run["bytes per parameter"] for (form, _), run in runs.items()}
+    # A parameter, its correction, and two moments: 8 bits of one are 1 + 4 / 64 bytes.
+    assert sizes == pytest.approx(
+        {
+            "float32": 4 + 8,
+            "state8": 4 + 2.125,
+            "master24_state8": 2 + 1 + 2.125,
+            "master24": 2 + 1 + 4,
+            "bfloat16": 2 + 4,
+            "stochastic": 2 + 4,
+            "nearest": 4 + 8,
+        },
+        abs=0.01,
+    )
+    first = {form: runs[form, 1]["losses"][0] for form in sizes}
+    alike = [("float32", "state8", "nearest"), ("master24_state8", "master24")]
+    alike += [("bfloat16", "stochastic")]  # of the same parameters on the same batch
+    assert [len({first[form] for form in forms}) for forms in alike] == [1, 1, 1]
+    assert len(set(first.values())) == 3
+    assert first["bfloat16"] == pytest.approx(first["float32"], rel=1e-2)
+    assert first["master24"] == pytest.approx(first["float32"], rel=1e-2)
+    table = (tmp_path / "compressed_state.md").read_text().splitlines()
+    assert len(table) == 4 + len(sizes)
+    assert (tmp_path / "compressed_state.png").stat().st_size > 0
+    again = subprocess.run(study, check=True, capture_output=True, text=True)
+    assert again.stdout == ""  # nothing is run twice
