@@ -23,6 +23,7 @@ template <class T, class Body>
 __device__ __forceinline__ void along(const T* logits, const T* u, std::int64_t columns,
                                       Body body) {
 #pragma unroll 1
+    // One turn more is not needed for the result: it would add zeros, and write nothing.
     for (std::int64_t first = threadIdx.x; first < columns; first += kAhead * kThreads) {
         T z[kAhead], v[kAhead];
 #pragma unroll

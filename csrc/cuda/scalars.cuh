@@ -23,6 +23,7 @@ template <class Scalars>
 bool any_on_device(const Scalars& s) {
     bool any = s.grad_scale.device != nullptr;
     for (const auto& a : Scalars::kArguments)
+        // To defer always is right too: the place is not needed for the result, but for speed.
         any |= a.number != nullptr && (s.*a.number).device != nullptr;
     return any;
 }

@@ -240,6 +240,7 @@ void update_of(const Tensors& lists, const Of<Scalar>& s, const float* found_inf
                 constexpr int states = has_m ? kStates : 0;
                 if constexpr (kHasAhead<Scalars>) {
                     const Scalar& e = s.extrapolation;
+                    // Its rule takes 0, too: this is not needed for the result, but for speed.
                     if (e.device != nullptr || e.value != 0)
                         return update<Scalars::template Ahead, kGrads + states, states, b,
                                       is_seeded, true>(t, s, found_inf, device, stream);

@@ -9,8 +9,10 @@ sanitizer, which comes first if the mutant lacks a barrier. If a mutant survives
 code that it changes: then a comment "not needed for ..." at that line has to explain the code.
 
 Python, torch and the collection of tests are loaded once for each source, and every mutant runs in
-a fork (forking.py). The results are written to tests/cuda_on_cpu/MUTANTS.md. A full run takes most
-of an hour on two cores, and a run that was stopped continues where it ended.
+a fork (forking.py). The results are written to tests/cuda_on_cpu/MUTANTS.md: of mutants that some
+rounds have not noticed, once the last round has tried them. A full run takes most of an hour on two
+cores, and a run that was stopped continues where it ended. `--only FILE:LINE:` tries the mutants of
+one line.
 """
 
 from __future__ import annotations
@@ -92,8 +94,8 @@ ROUNDS = ("none", "address", "thread")  # the quick round is the first, and take
 TEST_SECONDS = 600  # a test that takes longer has failed
 
 
-def build(mutants: Sequence[Mutant]) -> None:
-    """Build the extension with every mutant in it, once for each sanitizer."""
+def write_sources(mutants: Sequence[Mutant]) -> None:
+    """Write the sources with every mutant in them."""
     sources = WORK / "cuda"
     sources.mkdir(parents=True, exist_ok=True)
     texts = {path.name: path.read_text() for path in SOURCES.glob("*.cu*")}
@@ -105,14 +107,18 @@ def build(mutants: Sequence[Mutant]) -> None:
         text, path = with_mutants(source, here), sources / name
         if not path.exists() or path.read_text() != text:  # ninja builds newer files again
             path.write_text(text)
-    for sanitizer in ROUNDS:
-        _run(
-            "cmake", "-G", "Ninja", "-S", HERE, "-B", WORK / sanitizer,
-            f"-DSANITIZER={sanitizer}", f"-DCUDA_SOURCES={sources}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={_output(sys.executable, '-m', 'pybind11', '--cmakedir')}",
-        )  # fmt: skip
-        _run("ninja", "-C", WORK / sanitizer)
+
+
+def build(sanitizer: str) -> None:
+    """Build the extension from the sources with mutants, for a sanitizer."""
+    print(f"Building all mutants (sanitizer: {sanitizer})...", flush=True)
+    _run(
+        "cmake", "-G", "Ninja", "-S", HERE, "-B", WORK / sanitizer,
+        f"-DSANITIZER={sanitizer}", f"-DCUDA_SOURCES={WORK / 'cuda'}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={_output(sys.executable, '-m', 'pybind11', '--cmakedir')}",
+    )  # fmt: skip
+    _run("ninja", "-C", WORK / sanitizer)
 
 
 class Server:
@@ -242,11 +248,20 @@ class Record:
         }
 
     def __getitem__(self, mutant: Mutant) -> str | None:
-        """What noticed a mutant, "" if nothing did; None if this code was not tried."""
+        """What noticed a mutant, "" if nothing did; None if not every round has tried this code."""
         return self._known.get(self._keys[mutant])
 
     def __setitem__(self, mutant: Mutant, by: str) -> None:
         self._known[self._keys[mutant]] = by
+        self._write()
+
+    def forget(self, mutants: Sequence[Mutant]) -> None:
+        """Forget what is known of mutants that are to be tried again."""
+        for mutant in mutants:
+            self._known.pop(self._keys[mutant], None)
+        self._write()
+
+    def _write(self) -> None:
         self._file.write_text(json.dumps(self._known, indent=1))
 
 
@@ -266,7 +281,7 @@ def _hash_of_code(file: str) -> str:
 
 
 def table(mutants: Sequence[Mutant], record: Record) -> str:
-    """What noticed each mutant that was tried, as a table in Markdown."""
+    """What noticed each mutant that was tried to the end, as a table in Markdown."""
     rows = []
     for mutant in mutants:
         by = record[mutant]
@@ -304,7 +319,13 @@ def _try_all(
     sanitizer: str,
     jobs: int,
 ) -> None:
-    """Try the survivors of the rounds before, `jobs` sources at a time; record and print."""
+    """Try the survivors of the rounds before, `jobs` sources at a time; record and print.
+
+    A mutant that survives without an explanation is not recorded: a later round may notice it.
+    """
+    if not survivors:
+        return
+    build(sanitizer)
     count, lock, failed = itertools.count(1), threading.Lock(), threading.Event()
 
     def try_source(file: str) -> None:
@@ -313,11 +334,12 @@ def _try_all(
             if failed.is_set():
                 return
             with lock:
-                record[mutant] = by
-                where = f"{next(count)}/{len(survivors)} {mutant.file}:{mutant.line}"
-                result = by or _explanation(mutant) or "SURVIVES"
-                print(f"{where} {mutant.what}: {result}", flush=True)
-                TABLE.write_text(table(mutants, record))
+                result = by or _explanation(mutant)
+                if result:
+                    record[mutant] = by
+                    TABLE.write_text(table(mutants, record))
+                place = f"{next(count)}/{len(survivors)} {_described(mutant)}"
+                print(f"{place}: {result or 'survives so far'}", flush=True)
 
     sizes = Counter(m.file for m in survivors)
     with ThreadPoolExecutor(jobs) as pool:
@@ -330,26 +352,33 @@ def _try_all(
                 raise error
 
 
+def _described(mutant: Mutant) -> str:
+    return f"{mutant.file}:{mutant.line}: {mutant.what}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", help="files of csrc/cuda (default: all)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only changes with this text")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only mutants with this in --list"
+    )
     parser.add_argument("--list", action="store_true", help="list the mutants")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="sources at a time")
     args = parser.parse_args()
     files = sorted(path.name for path in SOURCES.glob("*.cu*"))
     mutants = [m for file in files for m in mutants_of(file, (SOURCES / file).read_text())]
-    chosen = [m for m in mutants if args.only in m.what and m.file in (args.files or files)]
+    chosen = [m for m in mutants if args.only in _described(m) and m.file in (args.files or files)]
     if args.list:
         for mutant in chosen:
-            print(f"{mutant.file}:{mutant.line}: {mutant.what}")
+            print(_described(mutant))
         print(f"{len(chosen)} mutants")
         return 0
     record = Record(mutants)
     # A survivor without an explanation is tried again, as there may be a test for it by now.
     untried = [m for m in chosen if record[m] is None or not (record[m] or _explanation(m))]
-    print(f"{len(untried)} of {len(chosen)} mutants are to be tried. Building them...", flush=True)
-    build(mutants)
+    print(f"{len(untried)} of {len(chosen)} mutants are to be tried.", flush=True)
+    record.forget(untried)
+    write_sources(mutants)
     _try_all([m for m in untried if m.what == BARRIER], mutants, record, "thread", args.jobs)
     for sanitizer in ROUNDS:
         # Only the tests try a mutant that has an explanation.
@@ -357,7 +386,12 @@ def main() -> int:
         if sanitizer != ROUNDS[0]:
             survivors = [m for m in survivors if not _explanation(m)]
         _try_all(survivors, mutants, record, sanitizer, args.jobs)
-    return 1 if any(not (record[m] or _explanation(m)) for m in chosen) else 0
+    unnoticed = [m for m in untried if not (record[m] or _explanation(m))]
+    for mutant in unnoticed:
+        record[mutant] = ""
+        print(f"{_described(mutant)}: SURVIVES", flush=True)
+    TABLE.write_text(table(mutants, record))
+    return 1 if unnoticed else 0
 
 
 if __name__ == "__main__":

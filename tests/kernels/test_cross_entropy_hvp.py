@@ -108,6 +108,16 @@ def test_rows_that_do_not_count_are_not_read(
 
 
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_every_mean_is_written(backend: KernelBackend, dtype: torch.dtype) -> None:
+    z, u, scales = problem(2500, dtype, backend.device)
+    expected, means = kernels.cross_entropy_hvp(z, u, scales, backend=backend.name)
+    out, written = torch.full_like(u, torch.nan), torch.full_like(means, torch.nan)
+    kernels.Backend(backend.name).cross_entropy_hvp(out, z, scales, written, u)
+    assert same_bits(out, expected)
+    assert same_bits(written, means)
+
+
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
 def test_logits_at_the_ends_of_their_dtype(backend: KernelBackend, dtype: torch.dtype) -> None:
     """Masked classes, by minus infinity or the least number, have no part; others keep theirs."""
     size = 3000
