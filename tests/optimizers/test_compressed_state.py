@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import eigenfilter as ef
 from cases import same_bits
+from eigenfilter.certificate.linearized import preconditioner
 from eigenfilter.kernels.compression import GROUP, groups
 
 SMALLEST: dict[str, Any] = {"master_weight_bits": 24, "state_bits": 8}
@@ -257,6 +258,20 @@ def test_a_step_that_is_skipped_changes_nothing(name: str) -> None:
     assert same_params(model, before)
     after = opt.compressed_state_dict()["state"]
     assert all(same_bits(states[i][key], after[i][key]) for i in states for key in states[i])
+
+
+def test_the_preconditioner_reads_codes_as_numbers() -> None:
+    diagonals = []
+    for options in ({}, {"state_bits": 8}):
+        model = network(torch.float32)
+        opt = OPTIMIZERS["adamw"](model.parameters(), **options)
+        torch.manual_seed(1)
+        for _ in range(5):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            opt.step()
+        diagonals.append(preconditioner(opt, list(model.parameters())))
+    torch.testing.assert_close(diagonals[1], diagonals[0], rtol=0.05, atol=0.0)
 
 
 @pytest.mark.parametrize("name", ["heavy ball", "adamw usam"])

@@ -14,7 +14,7 @@ from eigenfilter.curvature.operators.base import CurvatureOperator
 from eigenfilter.curvature.operators.preconditioned import PreconditionedOperator
 from eigenfilter.curvature.protocol import SymmetricOperator
 from eigenfilter.filters import MSAM, SAM, AdamW, Filter, HeavyBall, PolynomialFilter
-from eigenfilter.optimizers._compression import expanded
+from eigenfilter.kernels.compression import read
 from eigenfilter.optimizers.perturbation import Perturbation
 
 Group = Mapping[str, Any]
@@ -270,7 +270,8 @@ def preconditioner(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -
         if group is None or not _has_stepped(state):
             parts.append(torch.ones_like(_distributed.local(p).detach()).reshape(-1))
             continue
-        v = _distributed.local(expanded(state, "exp_avg_sq"))
+        v = _distributed.local(state["exp_avg_sq"])
+        v = read(v, state.get("exp_avg_sq_scale"), v.dtype)
         corrected = v / (1 - group["betas"][1] ** float(state["step"]))
         parts.append((corrected.sqrt() + group["eps"]).rsqrt().reshape(-1))
     return torch.cat(parts)
