@@ -53,9 +53,9 @@ def test_checked_gradients_may_be_wider_than_the_other_lists() -> None:
             _core.check(("params", name), (x, wide), (True, False))
 
 
-@pytest.mark.parametrize("count", [0, 6])
+@pytest.mark.parametrize("count", [0, 9])
 def test_as_many_lists_are_checked_as_a_call_can_have(count: int) -> None:
-    with pytest.raises(ValueError, match="must have equal lengths, 1 to 5"):
+    with pytest.raises(ValueError, match="must have equal lengths, 1 to 8"):
         _core.check(("params",) * count, ([torch.ones(1)],) * count, (False,) * count)
 
 
@@ -240,9 +240,9 @@ def test_saving_needs_backups_and_momentum_momenta() -> None:
     )
     for momentum, extrapolation, nesterov in needing:
         message = "^(momentum|extrapolation|nesterov=True) needs momenta: pass tensors like the par"
-        numbers = (0.1, momentum, 0.0, 0.0, extrapolation)
+        lists, numbers = (x, g, *[None] * 4), (0.1, momentum, 0.0, 0.0, extrapolation, 1.0)
         with pytest.raises(ValueError, match=message):
-            _core.sgd_step(x, g, None, None, *numbers, nesterov, False, None, None, None, 1)
+            _core.sgd_step(*lists, *numbers, nesterov, False, None, None, None, 1)
     assert x[0].tolist() == [1.0, 1.0]
 
 
