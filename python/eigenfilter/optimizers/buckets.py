@@ -134,10 +134,14 @@ class ParamBucket:
         state, name = self.store.state, scale_key(key)
         return self._list(name, lambda _, p: cast(Tensor, state[p][name]))
 
+    @property
+    def has_masters(self) -> bool:
+        """Whether the parameters have corrections that make master weights of them."""
+        return self.store.formats.correction(self.params[0]) is not None
+
     def corrections(self) -> _core.TensorList | None:
-        """The corrections that make master weights of the parameters, where they have any."""
-        has_corrections = self.store.formats.correction(self.params[0]) is not None
-        return self.buffers(CORRECTION) if has_corrections else None
+        """The corrections of the parameters, where they have any."""
+        return self.buffers(CORRECTION) if self.has_masters else None
 
     def like_params(self, key: str) -> _core.TensorList | None:
         """The buffers at `key`, where they are like the parameters."""
@@ -149,20 +153,19 @@ class ParamBucket:
 
         Without masters the sum is rounded to the parameters' dtype.
         """
-        if self.store.formats.correction(self.params[0]) is None:
+        if not self.has_masters:
             self.kernels.perturb(params, along, None, alpha, save=False)
             return
+        self.corrections()
         for p, u in zip(params, along, strict=True):
             entry = self.store.state[p]
-            self.corrections()
             whole = master_weight(p, entry)
             _distributed.local(whole).add_(u, alpha=alpha)
             set_master_weight(p, entry, whole)
 
     def lacks_corrections(self) -> bool:
         """Whether the first call of `corrections` has some to create."""
-        has_corrections = self.store.formats.correction(self.params[0]) is not None
-        return has_corrections and CORRECTION not in self._lists
+        return self.has_masters and CORRECTION not in self._lists
 
     def _list(self, name: str, make: Callable[[str, Tensor], Tensor]) -> _core.TensorList:
         if name not in self._lists:

@@ -44,10 +44,8 @@ def rounding_seed(bucket: ParamBucket) -> Tensor | None:
     return cast(Tensor, seed.add_(1).remainder_(SEEDS))
 
 
-def rounding_step(bucket: ParamBucket) -> float | Tensor:
+def rounding_step(bucket: ParamBucket) -> Tensor:
     """The number of the step, from 1 and counted on the device, by which codes are rounded."""
-    if bucket.scales(MOMENTUM) is None:
-        return 1.0
     turn: Tensor | None = bucket.group.get(TURN)
     turn = torch.ones((), dtype=torch.float32) if turn is None else turn
     bucket.group[TURN] = turn.to(bucket.device)
@@ -245,8 +243,8 @@ class SGDUpdate(ExtrapolatedUpdate):
         momenta, scales, dampening, extrapolation, undo = None, None, 0.0, 0.0, False
         turn: float | Tensor = 1.0
         if group["momentum"] != 0:
-            turn = rounding_step(bucket)
             momenta, scales = bucket.buffers(MOMENTUM), bucket.scales(MOMENTUM)
+            turn = 1.0 if scales is None else rounding_step(bucket)
             extrapolation = group.get(EXTRAPOLATED, 0.0)
             if bucket_slice.state_signature:
                 dampening = group["dampening"]
