@@ -22,8 +22,9 @@ _GOLDEN = tl.constexpr(0x9E3779B9)
 
 @triton.jit
 def read_corrections(at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """A block of corrections, or None."""
-    return None if at is None else load(at, start, length, BLOCK, WIDE)
+    """A block of corrections, or None, which Triton 3.6 returns only by a name."""
+    corrections = None if at is None else load(at, start, length, BLOCK, WIDE)
+    return corrections
 
 
 @triton.jit
