@@ -24,7 +24,7 @@ _GOLDEN = tl.constexpr(0x9E3779B9)
 def read_corrections(at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """A block of corrections, or None, which Triton 3.6 returns only by a name."""
     corrections = None if at is None else load(at, start, length, BLOCK, WIDE)
-    return corrections
+    return corrections  # noqa: RET504
 
 
 @triton.jit
