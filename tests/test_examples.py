@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -205,3 +206,44 @@ def test_compressed_state_trains_every_format(tmp_path: Path) -> None:
     assert (tmp_path / "compressed_state.png").stat().st_size > 0
     again = subprocess.run(study, check=True, capture_output=True, text=True)
     assert again.stdout == ""  # nothing is run twice
+
+
+@pytest.mark.slow
+def test_the_spectrum_of_gpt2_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    for package in ("transformers", "tokenizers", "matplotlib"):
+        pytest.importorskip(package)
+    (tmp_path / "text.txt").write_text("".join(topics[name] for name in sorted(topics)))
+    options = ["--text", str(tmp_path / "text.txt"), "--shape", "tiny", "--steps", "20"]
+    options += ["--batch", "4", "--length", "32", "--pairs", "3", "--density-steps", "6"]
+
+    def command(folder: str) -> list[str]:
+        return [sys.executable, str(EXAMPLES / "gpt2_spectrum"), str(tmp_path / folder), *options]
+
+    def products(output: str) -> list[int]:
+        return [int(n) for n in re.findall(r"^eigenpairs: product (\d+)", output, re.M)]
+
+    with subprocess.Popen(command("stopped"), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        any("product 7," in line for line in process.stdout)
+        process.kill()
+    runs = [
+        subprocess.run(command(folder), check=True, capture_output=True, text=True).stdout
+        for folder in ("stopped", "whole")
+    ]
+    first = products(runs[0])[0]
+    assert first in (8, 9)  # one more may have been under way
+    assert products(runs[0]) == products(runs[1])[first - 1 :]
+
+    stopped, whole = (
+        json.loads((tmp_path / folder / "results.json").read_text())
+        for folder in ("stopped", "whole")
+    )
+    for key in ("values", "residuals", "products"):
+        assert stopped["eigenpairs"][key] == whole["eigenpairs"][key]
+    for key in ("nodes", "weights"):
+        assert [d[key] for d in stopped["densities"]] == [d[key] for d in whole["densities"]]
+
+    options[options.index("--pairs") + 1] = "2"
+    refused = subprocess.run(command("whole"), check=False, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "is of other settings" in refused.stderr.splitlines()[-1]
