@@ -44,11 +44,11 @@ def test_curvature_under_torchrun() -> None:
 
 
 @pytest.mark.slow
-def test_lora_with_sam_ends_flatter() -> None:
-    for package in ("transformers", "accelerate", "peft"):
+def test_lora_with_sam_ends_flatter(tmp_path: Path) -> None:
+    for package in ("transformers", "accelerate", "peft", "matplotlib"):
         pytest.importorskip(package)
     tiny = ["--first-steps", "30", "--steps", "15", "--samples", "32", "--rho", "0.3"]
-    tiny += ["--every", "6"]
+    tiny += ["--every", "6", "--figure", str(tmp_path / "sharpness.png")]
     script = str(EXAMPLES / "transformers_lora.py")
     process = subprocess.run(
         [sys.executable, script, *tiny], check=True, capture_output=True, text=True
@@ -58,6 +58,7 @@ def test_lora_with_sam_ends_flatter() -> None:
     assert loss_of_sam == pytest.approx(loss, abs=0.1)
     assert 0 < sharpness_of_sam < 0.8 * sharpness
     assert re.findall(r"^  step (\d+): sharpness \d", process.stdout, re.M) == ["6", "12"]
+    assert (tmp_path / "sharpness.png").stat().st_size > 10_000
 
 
 def row(sharpness: float, gradients: float, **options: Any) -> dict[str, Any]:
