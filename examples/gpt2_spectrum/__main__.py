@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
         "batch": (8, "sequences in a step, and in the probe"),
         "length": (128, "tokens in a sequence"),
         "pairs": (10, "eigenpairs"),
-        "probes": (2, "random vectors for the density"),
+        "probes": (1, "random vectors for the density; large networks need one"),
         "density-steps": (40, "products with each of them"),
     }
     for name, (default, what) in numbers.items():
