@@ -233,19 +233,21 @@ class SGDUpdate(ExtrapolatedUpdate):
             if TURN in group:
                 group[TURN].remainder_(SEEDS).add_(1)
 
-    def momentum(self, bucket: ParamBucket) -> float | Tensor:
-        """The factor of the buffers that the kernel is called with."""
-        momentum: float | Tensor = bucket.group["momentum"]
-        return momentum
+    def factors(self, bucket_slice: BucketSlice) -> tuple[float | Tensor, float | Tensor]:
+        """The momentum and the extrapolation that the kernel is called with, before it is."""
+        group = bucket_slice.bucket.group
+        return group["momentum"], group.get(EXTRAPOLATED, 0.0)
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
-        momenta, scales, dampening, extrapolation, undo = None, None, 0.0, 0.0, False
+        momenta, scales, dampening, undo = None, None, 0.0, False
         turn: float | Tensor = 1.0
+        momentum: float | Tensor = 0.0
+        extrapolation: float | Tensor = 0.0
         if group["momentum"] != 0:
             momenta, scales = bucket.buffers(MOMENTUM), bucket.scales(MOMENTUM)
             turn = 1.0 if scales is None else rounding_step(bucket)
-            extrapolation = group.get(EXTRAPOLATED, 0.0)
+            momentum, extrapolation = self.factors(bucket_slice)
             if bucket_slice.state_signature:
                 dampening = group["dampening"]
             elif group["dampening"] != 0:  # the first step is undamped, unless it is skipped
@@ -257,7 +259,7 @@ class SGDUpdate(ExtrapolatedUpdate):
             bucket.corrections(),
             scales,
             lr=group["lr"],
-            momentum=self.momentum(bucket),
+            momentum=momentum,
             dampening=dampening,
             weight_decay=group["weight_decay"],
             extrapolation=extrapolation,
