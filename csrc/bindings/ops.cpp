@@ -69,7 +69,8 @@ std::vector<Role> roles_of(const typename Op::Call& s, const py::handle* values)
     });
     if constexpr ((Op::kArguments[0].traits & kGradients) == 0) return roles;
     const auto model = std::find_if(roles.begin(), roles.end(), [](const Role& role) {
-        return !role.has(kGradients) && !(role.has(kOptional) && role.list.is_none());
+        return !role.has(kGradients) && !role.has(kReadScales) &&
+               !(role.has(kOptional) && role.list.is_none());
     });
     if (model != roles.end()) std::rotate(roles.begin(), model, model + 1);
     return roles;
@@ -152,6 +153,15 @@ void require_served(const TensorArgs& args) {
     cuda::require();
 }
 
+// Throws where an ascent that may keep backups is to start from them, or to fill them, and not all
+// of its tensors are parameters and gradients alone.
+void require_plain_backups(const Tensors& t) {
+    if (t.b != nullptr && t.is_compressed())
+        throw py::value_error(
+            "backups go with parameters and gradients that are not compressed: pass backups=None "
+            "and save=False to move the parameters from where they are");
+}
+
 // What was read, for backends that are written in Python: data pointers by role and tensor, element
 // counts, and the gradients' dtypes, or nothing where all are the lists'.
 py::tuple table_of(const TensorArgs& args) {
@@ -182,6 +192,7 @@ py::object call(const py::handle* values, const OnCPU& on_cpu, const OnCUDA& on_
         if (a.list != nullptr) t.*a.list = args.pointers(a.name);
         if (a.is_found_inf) found_inf = args.flag(a.name, value, a.traits);
     });
+    if constexpr (kListsWith<Op, kSaved> != 0) require_plain_backups(t);
     if constexpr (Op::kArguments[0].vectors != nullptr) take_vectors<Op>(s, args, values);
     read_others<Op>(s, values, found_inf, args);
     if (Op::kArguments[0].vectors != nullptr && args.numel()[0] == 0) return py::none();

@@ -386,6 +386,9 @@ def configurations(
     if dtype in COMPRESSED:
         codes = {"STATE": tl.int8, "FIRST": tl.int8, "SECOND": tl.uint8, "SCALE": tl.float32}
         codes["CORRECTION"] = tl.int8 if dtype in NARROW else None
+        momenta = codes | {"GRAD": tl.int8}
+        kernels["perturb_codes"] = on_host(perturb_kernel, SAVE=False, ADAPTIVE=False, **momenta)
+        kernels["sum_squares_codes"] = (sum_squares_kernel, {"WEIGHTS": False} | momenta | unscaled)
         kernels["sgd_step_codes"] = on_host(sgd, **ahead, **nearest, **codes)
         kernels["adamw_step_codes"] = on_host(adamw, **straight, **nearest, **codes)
         kernels["adamw_step_ahead_codes"] = (adamw, {"AHEAD": True} | nearest | codes)

@@ -95,7 +95,7 @@ class MSAMUpdate(SGDUpdate):
         self._start(None)
         for bucket, has_momentum in buckets.by_state():  # errors come before the first write
             if has_momentum:
-                lists = bucket.tensors, bucket.buffers(MOMENTUM)
+                lists = bucket.tensors, bucket.like_params(MOMENTUM)
                 _core.check(("params", MOMENTUM), lists, (True, False))
         try:
             self._go_to(buckets, wanted)
@@ -109,7 +109,7 @@ class MSAMUpdate(SGDUpdate):
         rho_of = {id(group): rho for group, rho in wanted}
         parts = [bucket for bucket, has_momentum in buckets.by_state() if has_momentum]
         ahead = [bucket for bucket in parts if rho_of[id(bucket.group)] != 0]
-        norms = total_norms([(bucket, bucket.buffers(MOMENTUM)) for bucket in ahead])
+        norms = total_norms([(b, b.buffers(MOMENTUM)) for b in ahead], key=MOMENTUM)
         norm = next(iter(norms.values()), None)
         reached = {id(p): e for bucket, e in self._reached for p in bucket.params}
         for bucket in parts:
@@ -145,9 +145,7 @@ class MSAMUpdate(SGDUpdate):
         stop = None if self._amp is None else self._amp.flag(bucket.device)
         if stays is not None:
             stop = stays.float() if stop is None else torch.where(stays, 1.0, stop)
-        bucket.kernels.perturb(
-            bucket.tensors, bucket.buffers(MOMENTUM), None, alpha, save=False, found_inf=stop
-        )
+        bucket.move(bucket.along(MOMENTUM), alpha, found_inf=stop)
 
 
 def _present(bucket: ParamBucket) -> float | Tensor:
@@ -240,22 +238,16 @@ class MSAM(ExtrapolatedOptimizer):
                 "next y by the norm of all momentum buffers: leave it False, or use "
                 "SGD(extrapolation=...)"
             )
-        for name in ("master_weight_bits", "state_bits"):
-            if options.get(name) is not None:
-                raise ValueError(
-                    f"{name} compresses what a step reads once, and MSAM reads its momentum three "
-                    "times: leave it None, or use SGD(extrapolation=...)"
-                )
         super().__init__(params, group, Perturbation(), MSAMUpdate(), options)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         narrow = [p.dtype for p in group["params"] if p.dtype.itemsize < 4]
-        if narrow:
+        if narrow and self.master_weight_bits is None:
             raise TypeError(
-                f"MSAM goes to x and ahead again in every step, and {narrow[0]} would round both "
-                "ways: keep float32 parameters, under autocast, or use SGD(extrapolation=...), "
-                "which rounds once"
+                f"MSAM moves its parameters twice in a step, and {narrow[0]} would round both "
+                "times: set master_weight_bits=24 or 32, keep float32 parameters, under autocast, "
+                "or use SGD(extrapolation=...), which rounds once"
             )
 
     def _check_extrapolation(self, group: dict[str, Any]) -> None:

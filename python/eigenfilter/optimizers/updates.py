@@ -14,7 +14,7 @@ from eigenfilter import _core, _distributed
 from eigenfilter.kernels.conventions import arithmetic_dtype
 from eigenfilter.optimizers._step_counts import StepCounts
 from eigenfilter.optimizers.amp import AmpState
-from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket, ParamBuckets
+from eigenfilter.optimizers.buckets import BucketSlice, Directions, ParamBucket, ParamBuckets
 
 MOMENTUM = "momentum_buffer"
 EXTRAPOLATION = "extrapolation"  # that a group should have
@@ -130,9 +130,6 @@ class Update:
         raise NotImplementedError
 
 
-Directions: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
-"""Parameters, and for each the update u along which it is extrapolated."""
-
 Scratch: TypeAlias = dict[torch.device, Tensor]
 """Memory on each device, that `ExtrapolatedUpdate.directions` may write to."""
 
@@ -187,13 +184,13 @@ class ExtrapolatedUpdate(Update):
 
         done = 0
         try:
-            for bucket, alpha, (params, along) in directions():
-                bucket.move(params, along, alpha)
+            for bucket, alpha, along in directions():
+                bucket.move(along, alpha)
                 done += 1
                 buckets.store.has_written = True
         except BaseException:
-            for bucket, alpha, (params, along) in islice(directions(), done):
-                bucket.move(params, along, -alpha)
+            for bucket, alpha, along in islice(directions(), done):
+                bucket.move(along, -alpha)
             raise
         finally:
             buckets.mark_written(changed)
@@ -221,11 +218,7 @@ class SGDUpdate(ExtrapolatedUpdate):
         return (not bucket_slice.state_signature and has_momentum) or bucket.lacks_corrections()
 
     def directions(self, bucket: ParamBucket, scratch: Scratch) -> Iterator[Directions]:
-        if bucket.store.formats.are_usual:
-            yield bucket.tensors, bucket.buffers(MOMENTUM)
-            return
-        for p in bucket.params:
-            yield [p], [bucket.store.number(MOMENTUM, p)]
+        yield bucket.along(MOMENTUM)
 
     def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
         super().end(buckets, amp)
@@ -349,7 +342,7 @@ class AdamWUpdate(ExtrapolatedUpdate):
             shape = p.shape, p.stride()
             u, denominator = (row.as_strided(*shape, offset) for row, offset in memory)
             denominator.copy_(v).sqrt_().mul_(root).add_(eps)
-            yield [param], [u.copy_(m).mul_(size).div_(denominator)]
+            yield Directions([param], [u.copy_(m).mul_(size).div_(denominator)])
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
