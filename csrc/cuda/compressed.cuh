@@ -444,6 +444,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm - (States > 1))
         chunk.update(rule.get());
 }
 
+template <class Scalars>
+constexpr bool kMayBeMomentum = kListsWith<Scalars, kMomenta> > 0;
+
 template <template <class> class Of>
 void compressed_update(const Tensors& t, const Of<Scalar>& s, const float* found_inf, int device,
                        Stream stream) {
@@ -452,8 +455,8 @@ void compressed_update(const Tensors& t, const Of<Scalar>& s, const float* found
     const auto types_of = [&](std::size_t i) {
         return Types{t.dtype, t.gradient(i), t.state, t.correction};
     };
-    constexpr bool kIsMomentum = kListsWith<Scalars, kMomenta> > 0;
-    const Role fifth = kIsMomentum ? Role{t.g_scales, nullptr} : Role{t.m, &Types::state};
+    const Role fifth =
+        kMayBeMomentum<Scalars> ? Role{t.g_scales, nullptr} : Role{t.m, &Types::state};
     const Role roles[] = {{t.x, &Types::storage},
                           {t.b, &Types::storage},
                           {t.c, &Types::correction},
@@ -466,10 +469,10 @@ void compressed_update(const Tensors& t, const Of<Scalar>& s, const float* found
     static_assert(sizeof rule + sizeof(Types) + sizeof found_inf <= kOtherArgumentBytes);
     by_flag<true, kMayBeAbsent<Scalars, &Tensors::m>>(t.m != nullptr, [&](auto has_m) {
         constexpr int kStates = has_m ? kListsWith<Scalars, kState> : 0;
-        static_assert(!kIsMomentum || kStates == 0);
+        static_assert(!kMayBeMomentum<Scalars> || kStates == 0);
         const auto launch = [&](const auto& batch, int blocks, const Types& types) {
             const auto run = [&](auto storage) {
-                compressed_kernel<decltype(storage), kIsMomentum, kStates>
+                compressed_kernel<decltype(storage), kMayBeMomentum<Scalars>, kStates>
                     <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch, rule, types,
                                                                                  found_inf);
             };
@@ -479,7 +482,7 @@ void compressed_update(const Tensors& t, const Of<Scalar>& s, const float* found
                 by_narrow_dtype(types.storage, run);
             check(cudaGetLastError(), "launching an update");
         };
-        for_each_batch<4 + kIsMomentum + 2 * kStates>(t, roles, types_of, launch);
+        for_each_batch<4 + kMayBeMomentum<Scalars> + 2 * kStates>(t, roles, types_of, launch);
     });
 }
 

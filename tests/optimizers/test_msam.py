@@ -286,7 +286,7 @@ def test_an_exception_after_the_update_leaves_every_parameter_at_a_y(
     e = RHO / norm_of(formula.m)
     calls, perturb = [], MSAMUpdate._move
 
-    def norms(*_: Any) -> Any:
+    def norms(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     def interrupted(self: MSAMUpdate, bucket: Any, *alpha: Any) -> None:
@@ -399,22 +399,26 @@ def test_a_scaler_skips_its_steps() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits_are_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(TypeError, match=f"and {dtype} would round both ways: keep float32"):
+    with pytest.raises(
+        TypeError, match=f"and {dtype} would round both times: set master_weight_bits=24"
+    ):
         ef.MSAM(parameters(dtype), **HEAVY, rho=RHO)
 
 
-def rounded_away(dtype: torch.dtype, lr: float) -> float:
+def rounded_away(dtype: torch.dtype, lr: float, bits: int | None = None) -> float:
     """How far x is from x_0 - lr (the sum of m), in units of that sum, after 200 steps."""
     gen = torch.Generator().manual_seed(5)
     x = nn.Parameter((1 + torch.rand(1000, generator=gen)).to(dtype))
-    before, opt = x.detach().double(), ef.MSAM([x], lr=lr, momentum=0.9, rho=RHO)
+    before = x.detach().double()
+    formats = {"master_weight_bits": bits, "state_bits": None if bits is None else 32}
+    opt = ef.MSAM([x], lr=lr, momentum=0.9, rho=RHO, **formats)
     way = torch.zeros_like(before)
     for _ in range(200):
         x.grad = (1 + torch.randn(1000, generator=gen)).to(dtype)
         opt.step()
         m = opt.state[x]["momentum_buffer"].double()
         way += lr * m
-    y = x.detach().double()
+    y = opt.master_weights()[0].double()
     return float((y + RHO / m.norm() * m - before + way).norm() / way.norm())
 
 
@@ -424,11 +428,46 @@ def rounded_away(dtype: torch.dtype, lr: float) -> float:
 def test_why_sixteen_bits_are_refused(
     dtype: torch.dtype, lr: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every step rounds twice, and much of the way of x is lost."""
-    monkeypatch.setattr(ef.MSAM, "_check_group", ExtrapolatedOptimizer._check_group)
-    lost, in_float32 = rounded_away(dtype, lr), rounded_away(torch.float32, lr)
-    assert lost > 100 * in_float32
+    """Every step rounds twice, and much of the way of x is lost, unless there are masters."""
+    in_float32 = rounded_away(torch.float32, lr)
     assert in_float32 < 1e-4
+    assert rounded_away(dtype, lr, 32) < 2 * in_float32
+    with_24 = rounded_away(dtype, lr, 24)
+    monkeypatch.setattr(ef.MSAM, "_check_group", ExtrapolatedOptimizer._check_group)
+    assert rounded_away(dtype, lr) > 30 * with_24
+
+
+@pytest.mark.parametrize("state_bits", [None, 8, 16, 32])
+@pytest.mark.parametrize("master_weight_bits", [24, 32])
+@pytest.mark.parametrize("lr", [LR, 1e-5], ids=["ahead", "over x"])
+def test_compressed_states_keep_their_own_x(
+    master_weight_bits: int, state_bits: int | None, lr: float
+) -> None:
+    """x = y + rho m / |m|, with y in full and m as it is stored, moves by lr times the new m."""
+    params = parameters(torch.bfloat16)
+    formats = {"master_weight_bits": master_weight_bits, "state_bits": state_bits}
+    opt = ef.MSAM(params, lr=lr, momentum=0.9, rho=RHO, **formats)
+    wanted = [p.detach().double() for p in params]
+    m = [torch.zeros_like(x) for x in wanted]
+    for step in range(8):
+        set_gradients(params)
+        if step > 0:
+            params[step % 3].grad = None
+        for p, before, x in zip(params, m, wanted, strict=True):
+            if p.grad is not None:
+                x -= lr * (0.9 * before + p.grad.double())
+        opt.step()
+        state = opt.state_dict()["state"]
+        m = [state[i]["momentum_buffer"].double() for i in range(3)]
+    e = RHO / norm_of(m)
+    y = [w.double() for w in opt.master_weights()]
+    exact = [b + e * c for b, c in zip(y, m, strict=True)]
+    assert distance(params, y) > 2e-4  # parameters are rounded, and masters are not
+    opt.eval()
+    bound = 1e-4 if master_weight_bits == 24 else 1e-6
+    for got in (exact, [w.double() for w in opt.master_weights()]):
+        errors = [(a - b).abs().max().item() for a, b in zip(got, wanted, strict=True)]
+        assert max(errors) < bound
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ class MSAM(ExtrapolatedOptimizer):
         x <- x - lr m
 
     Between steps the parameters hold y, so that no closure and no further memory is needed; a step
-    costs one gradient, heavy ball's accesses, a norm, and two perturbations. Nothing waits for the
+    costs one gradient, heavy ball's accesses, a norm, and a perturbation. Nothing waits for the
     device. Evaluate and save x: call `eval()` before, and `train()` to go on.
 
     It is `SGD(extrapolation=e)` with e = rho / |m|: as |m| falls, e and with it the pull to flat
@@ -195,9 +195,8 @@ class MSAM(ExtrapolatedOptimizer):
         options: the keyword arguments of `Options`.
 
     Raises:
-        TypeError: a parameter is sparse, complex, or of another dtype than float32 and float64:
-            16 bits would round each way between x and y, which took 0.43 of the way of x in 1,000
-            steps in bfloat16, where `SGD(extrapolation=...)` lost 0.27; rho is no number.
+        TypeError: a parameter is sparse, complex, or of bfloat16 or float16 without
+            `master_weight_bits`: 16 bits would be rounded twice in a step; rho is no number.
         ValueError: a hyperparameter is out of its range, or `release_gradients` is set.
         RuntimeError: the parameters are flat shards of FSDP1, or those of one rank of a
             ZeroRedundancyOptimizer, over which no norm is taken.
