@@ -424,7 +424,9 @@ def test_bytes_of_state(name: str, options: dict[str, Any], wanted: float) -> No
 
 def test_refusals() -> None:
     p = nn.Parameter(torch.ones(3))
-    for name, value in (("master_weight_bits", 16), ("state_bits", 4), ("state_bits", True)):
+    wrong: list[tuple[str, Any]] = [("master_weight_bits", 16), ("state_bits", 4)]
+    wrong += [("state_bits", True), ("master_weight_bits", torch.tensor(24))]
+    for name, value in wrong:
         with pytest.raises(ValueError, match=f"{name} must be one of None, "):
             ef.SGD([p], lr=0.1, **{name: value})
     with pytest.raises(TypeError, match="is float64, and state_bits=8"):
