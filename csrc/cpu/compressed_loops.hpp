@@ -127,8 +127,15 @@ struct State {
         if (scales != nullptr) return quantize(r, step, i, count, tile);
         by_float_dtype(r.t.state, [&](auto storage) {
             using Storage = decltype(storage);
+            constexpr bool kByStep =
+                std::is_same_v<Storage, BFloat16> && std::is_same_v<Rounding, Nearest>;
             write_raw(at<typename Storage::Bits>(r, list, i), count, [&](int k) {
-                const auto raw = rounded_float<Storage>(rounding, tile.at(k), Which, i + k);
+                Floats value = tile.at(k);
+                if constexpr (kByStep) {
+                    const Words word = word_of(step, index_of<kFloats>(r.first + i + k));
+                    value = round_by_steps(value, word);
+                }
+                const auto raw = rounded_float<Storage>(rounding, value, Which, i + k);
                 tile.put(k, Storage::template widen<kFloats>(raw));
                 return raw;
             });

@@ -238,6 +238,13 @@ struct State {
                                           float (&values)[kHeld]) const {
         if (scales != nullptr) return quantize(span, results, values);
         by_float_dtype(dtype, [&](auto storage) {
+            if constexpr (std::is_same_v<decltype(storage), BFloat16>) {
+                if (!results.stochastic) {
+#pragma unroll
+                    for (int j = 0; j < kHeld; ++j)
+                        values[j] = round_by_steps(values[j], results.word(j));
+                }
+            }
             elements.store(results.narrow<decltype(storage)>(values, Output(S + 1)), span);
         });
     }

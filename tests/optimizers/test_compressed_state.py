@@ -313,6 +313,21 @@ def test_other_memory_formats() -> None:
     assert opt.state[model.weight]["exp_avg"].stride() == model.weight.stride()
 
 
+@pytest.mark.parametrize("state_bits", [8, 16])
+@pytest.mark.parametrize("master_weight_bits", [None, 24])
+def test_a_second_moment_follows(master_weight_bits: int | None, state_bits: int) -> None:
+    """Where beta2 is so near 1 that to nearest it would stop: in bfloat16 at 0.25."""
+    dtype = torch.float32 if master_weight_bits is None else torch.bfloat16
+    p = nn.Parameter(torch.zeros(100, dtype=dtype))
+    formats = {"master_weight_bits": master_weight_bits, "state_bits": state_bits}
+    opt = ef.AdamW([p], lr=1e-3, betas=(0.9, 0.999), **formats)
+    for _ in range(3000):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    v = opt.state_dict()["state"][0]["exp_avg_sq"]
+    torch.testing.assert_close(v, torch.full_like(v, 1 - 0.999**3000), rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize(
     ("make", "steps"),
     [

@@ -23,7 +23,7 @@ EXTRAPOLATED_RHO = "extrapolated_rho"  # the radius of MSAM that its parameters 
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
 
 SEED = "rounding_seed"  # in a group that rounds stochastically; counts its kernel calls
-TURN = "rounding_step"  # in a group of SGD whose momenta are codes; counts its steps
+TURN = "rounding_step"  # in a group of SGD whose momenta have fewer bits; counts its steps
 SEEDS = 2**24
 SPREAD = 0x9E3779B1  # odd: the seeds of groups and shards start far from each other
 
@@ -45,7 +45,7 @@ def rounding_seed(bucket: ParamBucket) -> Tensor | None:
 
 
 def rounding_step(bucket: ParamBucket) -> Tensor:
-    """The number of the step, from 1 and counted on the device, by which codes are rounded."""
+    """The number of the step, from 1 and counted on the device, by which momenta are rounded."""
     turn: Tensor | None = bucket.group.get(TURN)
     turn = torch.ones((), dtype=torch.float32) if turn is None else turn
     bucket.group[TURN] = turn.to(bucket.device)
@@ -239,7 +239,8 @@ class SGDUpdate(ExtrapolatedUpdate):
         extrapolation: float | Tensor = 0.0
         if group["momentum"] != 0:
             momenta, scales = bucket.buffers(MOMENTUM), bucket.scales(MOMENTUM)
-            turn = 1.0 if scales is None else rounding_step(bucket)
+            if bucket.store.formats.round_by_steps(MOMENTUM, bucket.params[0]):
+                turn = rounding_step(bucket)
             momentum, extrapolation = self.factors(bucket_slice)
             if bucket_slice.state_signature:
                 dampening = group["dampening"]
