@@ -57,15 +57,22 @@ bool is_saved(const typename Op::Call& s, const A& list) {
     return false;
 }
 
-// The lists or vectors; what is no gradient comes first, because gradients may be wider.
+// The lists or vectors; what is no gradient comes first, because gradients may be wider. Beside
+// backups momenta are gradients like others.
 template <class Op>
 std::vector<Role> roles_of(const typename Op::Call& s, const py::handle* values) {
     std::vector<Role> roles;
     roles.reserve(TensorArgs::kMaxRoles);
+    bool has_backups = false;
+    for_each_argument<Op>(values, [&](const auto& a, py::handle value) INLINED {
+        has_backups |= (a.traits & kSaved) != 0 && !value.is_none();
+    });
     for_each_argument<Op>(values, [&](const auto& a, py::handle value) INLINED {
         if (a.list == nullptr && (a.vectors == nullptr || (a.traits & kBasis) != 0)) return;
-        const unsigned saved = is_saved<Op>(s, a) ? kWritten : kOptional;
-        roles.push_back({a.name, value, (a.traits & kSaved) != 0 ? saved : a.traits});
+        unsigned traits = a.traits;
+        if ((traits & kSaved) != 0) traits = is_saved<Op>(s, a) ? kWritten : kOptional;
+        if ((traits & kMomenta) == kMomenta && has_backups) traits = kGradients;
+        roles.push_back({a.name, value, traits});
     });
     if constexpr ((Op::kArguments[0].traits & kGradients) == 0) return roles;
     const auto model = std::find_if(roles.begin(), roles.end(), [](const Role& role) {
@@ -153,13 +160,12 @@ void require_served(const TensorArgs& args) {
     cuda::require();
 }
 
-// Throws where an ascent that may keep backups is to start from them, or to fill them, and not all
-// of its tensors are parameters and gradients alone.
+// Throws where an ascent is to fill backups, or to start from them, and has compressed tensors.
 void require_plain_backups(const Tensors& t) {
-    if (t.b != nullptr && t.is_compressed())
+    if (t.b != nullptr && (t.c != nullptr || t.g_scales != nullptr))
         throw py::value_error(
-            "backups go with parameters and gradients that are not compressed: pass backups=None "
-            "and save=False to move the parameters from where they are");
+            "backups go without corrections and momentum_scales: pass backups=None and save=False "
+            "to move compressed tensors from where they are");
 }
 
 // What was read, for backends that are written in Python: data pointers by role and tensor, element

@@ -205,14 +205,36 @@ def move_call() -> dict[str, Any]:
     }
 
 
-WITH_BACKUPS = "backups go with parameters and gradients that are not compressed: pass backups=None"
+WITH_BACKUPS = "backups go without corrections and momentum_scales: pass backups=None and save=F"
+
+
+def to_ascent(**changes: Any) -> Change:
+    """The call of a plain ascent, with changes."""
+    narrow = {"grads": [torch.ones(N).bfloat16()], "backups": [torch.ones(N).bfloat16()]}
+    plain = narrow | {"corrections": None, "momentum_scales": None}
+    return lambda call: call.update(plain | changes)
+
 
 BAD_MOVES: dict[str, tuple[Change, type[Exception], str]] = {
-    "backups": (put("backups", [torch.ones(N).bfloat16()]), ValueError, WITH_BACKUPS),
-    "saved backups": (
-        lambda call: call.update(backups=[torch.ones(N).bfloat16()], save=True),
+    "backups and corrections": (
+        to_ascent(corrections=[torch.zeros(N, dtype=torch.int8)]),
         ValueError,
         WITH_BACKUPS,
+    ),
+    "backups and scales": (
+        to_ascent(momentum_scales=[torch.ones(3)]),
+        ValueError,
+        WITH_BACKUPS,
+    ),
+    "codes and backups": (
+        to_ascent(grads=[torch.ones(N, dtype=torch.int8)]),
+        TypeError,
+        r"grads\[0\] is int8: supported are",
+    ),
+    "a narrow gradient and backups": (
+        to_ascent(params=[torch.ones(N)], backups=[torch.ones(N)]),
+        _core.LayoutError,
+        r"grads\[0\] is bfloat16",
     ),
     "no scales": (
         put("momentum_scales", None),

@@ -60,7 +60,7 @@ def perturb(
     Raises:
         TypeError: an element is not a strided tensor of a supported dtype.
         ValueError: lists, devices, dtypes, shapes or strides differ, tensors overlap, or there are
-            no backups to save to, or backups of compressed tensors.
+            no backups to save to, or backups beside corrections or scales.
         RuntimeError: the backend asked for is not available; the message says how to get it.
 
     Source: arXiv 2510.09034, USAM, and the second ascent of two-step USAM, anchored or sequential;
