@@ -76,8 +76,9 @@ struct PerturbScalars {
     save:  b <- x,  x <- x + alpha g / grad_scale
     else:  x <- b + alpha g / grad_scale, without backups x + alpha g / grad_scale
 
-With `adaptive`, g is multiplied by the square of what x starts from. Where found_inf is not zero
-x stays, and is still saved.)";
+Without backups x may be master weights, and g momenta in any format of a state. With `adaptive`, g
+is multiplied by the square of what x starts from. Where found_inf is not zero x stays, and is still
+saved.)";
 };
 
 template <class T>
