@@ -60,10 +60,10 @@ class MSAMUpdate(SGDUpdate):
         group, e = bucket.group, _present(bucket)
         momentum: float | Tensor = group["momentum"]
         if isinstance(e, Tensor):
-            is_near = e <= MOST_AHEAD * _in_float64(group["lr"])
-            back = torch.where(is_near, 0.0, e)
+            is_far = e > MOST_AHEAD * _in_float64(group["lr"])
+            back = e * is_far  # not torch.where, which copies a number to the device
             e = e - back
-            self._move(bucket, back, is_near)
+            self._move(bucket, back, ~is_far)
             if not is_zero(group["weight_decay"]):
                 momentum, keep = _in_float64(momentum), 1 - _in_float64(group["dampening"])
                 momentum = momentum - keep * _in_float64(group["weight_decay"]) * back
@@ -144,7 +144,7 @@ class MSAMUpdate(SGDUpdate):
             return
         stop = None if self._amp is None else self._amp.flag(bucket.device)
         if stays is not None:
-            stop = stays.float() if stop is None else torch.where(stays, 1.0, stop)
+            stop = stays.float() if stop is None else stop.reshape(()).maximum(stays)
         bucket.move(bucket.along(MOMENTUM), alpha, found_inf=stop)
 
 
