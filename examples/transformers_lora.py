@@ -2,16 +2,17 @@
 
     python examples/transformers_lora.py
     python examples/transformers_lora.py --method usam --rho 2.0
-    python examples/transformers_lora.py --steps 1000 --every 500
+    python examples/transformers_lora.py --steps 1000 --every 100 --figure sharpness.png
 
 Nothing is downloaded. The text is Python's language reference, which comes with Python itself for
 `help()` (pydoc_data.topics); the model is a GPT-2 of 2 layers that predicts characters. It is first
 trained on the pages about the language, with Transformers' Trainer. Then adapters are fine-tuned on
 the page about the debugger, twice from the same start. The end is the sharpness of both runs: the
 largest eigenvalue of the Hessian of the fine-tuning loss, in the parameters of the adapters. With
---every it is also followed during the first run, for AdamW's preconditioner, beside its edge.
+--every it is also followed during the first run, for AdamW's preconditioner, beside its edge, and
+--figure draws both.
 
-Needs transformers, accelerate and peft.
+Needs transformers, accelerate and peft, and matplotlib for a figure.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import copy
 import tempfile
 import time
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -111,6 +113,16 @@ def follow(data: list[dict[str, Tensor]], every: int) -> SharpnessCallback:
     return SharpnessCallback(probe, every, tol=1e-2, callback=show)
 
 
+def draw(callback: SharpnessCallback, file: Path) -> None:
+    """Draw what the callback has measured."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    callback.monitor.plot(axes)
+    axes.set(yscale="log", title="LoRA with AdamW: preconditioned sharpness, and the edge")
+    figure.savefig(file, dpi=150)
+
+
 def main() -> None:
     """Train, fine-tune twice, and print what both runs have come to."""
     parser = argparse.ArgumentParser(
@@ -124,8 +136,11 @@ def main() -> None:
     add("--first-steps", type=int, default=300, help="steps before it (%(default)s)")
     add("--samples", type=int, default=128, help="sequences for the sharpness (%(default)s)")
     add("--every", type=int, default=0, help="steps between checks in the first run; 0: none")
+    add("--figure", type=Path, help="file for a figure of these checks, as sharpness.png")
     add("--seed", type=int, default=0, help="seed of everything (%(default)s)")
     options = parser.parse_args()
+    if options.figure and not options.every:
+        parser.error("--figure draws the checks: pass --every too")
 
     torch.manual_seed(options.seed)
     model = make_model()
@@ -158,6 +173,8 @@ def main() -> None:
         for callback in watch:
             checks = sum(check.seconds for check in callback.monitor.history)
             print(f"  the checks took {checks / (time.perf_counter() - start):.1%} of the time")
+            if options.figure:
+                draw(callback, options.figure)
         results.append((name, loss, sharpness(adapted, data, options.samples)))
     for name, loss, value in results:
         print(f"{name}: loss {loss:.3f}, sharpness {value:.2f}")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -43,11 +44,11 @@ def test_curvature_under_torchrun() -> None:
 
 
 @pytest.mark.slow
-def test_lora_with_sam_ends_flatter() -> None:
-    for package in ("transformers", "accelerate", "peft"):
+def test_lora_with_sam_ends_flatter(tmp_path: Path) -> None:
+    for package in ("transformers", "accelerate", "peft", "matplotlib"):
         pytest.importorskip(package)
     tiny = ["--first-steps", "30", "--steps", "15", "--samples", "32", "--rho", "0.3"]
-    tiny += ["--every", "6"]
+    tiny += ["--every", "6", "--figure", str(tmp_path / "sharpness.png")]
     script = str(EXAMPLES / "transformers_lora.py")
     process = subprocess.run(
         [sys.executable, script, *tiny], check=True, capture_output=True, text=True
@@ -57,6 +58,7 @@ def test_lora_with_sam_ends_flatter() -> None:
     assert loss_of_sam == pytest.approx(loss, abs=0.1)
     assert 0 < sharpness_of_sam < 0.8 * sharpness
     assert re.findall(r"^  step (\d+): sharpness \d", process.stdout, re.M) == ["6", "12"]
+    assert (tmp_path / "sharpness.png").stat().st_size > 10_000
 
 
 def row(sharpness: float, gradients: float, **options: Any) -> dict[str, Any]:
@@ -205,3 +207,44 @@ def test_compressed_state_trains_every_format(tmp_path: Path) -> None:
     assert (tmp_path / "compressed_state.png").stat().st_size > 0
     again = subprocess.run(study, check=True, capture_output=True, text=True)
     assert again.stdout == ""  # nothing is run twice
+
+
+@pytest.mark.slow
+def test_the_spectrum_of_gpt2_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    for package in ("transformers", "tokenizers", "matplotlib"):
+        pytest.importorskip(package)
+    (tmp_path / "text.txt").write_text("".join(topics[name] for name in sorted(topics)))
+    options = ["--text", str(tmp_path / "text.txt"), "--shape", "tiny", "--steps", "20"]
+    options += ["--batch", "4", "--length", "32", "--pairs", "3", "--density-steps", "6"]
+
+    def command(folder: str) -> list[str]:
+        return [sys.executable, str(EXAMPLES / "gpt2_spectrum"), str(tmp_path / folder), *options]
+
+    def products(output: str) -> list[int]:
+        return [int(n) for n in re.findall(r"^eigenpairs: product (\d+)", output, re.M)]
+
+    with subprocess.Popen(command("stopped"), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        any("product 7," in line for line in process.stdout)
+        process.kill()
+    runs = [
+        subprocess.run(command(folder), check=True, capture_output=True, text=True).stdout
+        for folder in ("stopped", "whole")
+    ]
+    first = products(runs[0])[0]
+    assert first in (8, 9)  # one more may have been under way
+    assert products(runs[0]) == products(runs[1])[first - 1 :]
+
+    stopped, whole = (
+        json.loads((tmp_path / folder / "results.json").read_text())
+        for folder in ("stopped", "whole")
+    )
+    for key in ("values", "residuals", "products"):
+        assert stopped["eigenpairs"][key] == whole["eigenpairs"][key]
+    for key in ("nodes", "weights"):
+        assert [d[key] for d in stopped["densities"]] == [d[key] for d in whole["densities"]]
+
+    options[options.index("--pairs") + 1] = "2"
+    refused = subprocess.run(command("whole"), check=False, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "is of other settings" in refused.stderr.splitlines()[-1]

@@ -78,6 +78,15 @@ def test_optimizers(name: str, kind: type, more: dict[str, Any]) -> None:
         assert optimizer.ascent == "anchored"
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_state_bits(name: str) -> None:
+    [p] = params = parameters()
+    optimizer = factories.build_optimizer(Config(optimizer=name, state_bits=8), params)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert {t.dtype for t in optimizer.state[p].values()} >= {torch.int8}
+
+
 @pytest.mark.parametrize("method", ["none", "usam", "sam", "asam", "two_step_usam", "hessian_usam"])
 @pytest.mark.parametrize("name", ["adamw", "torch.optim.RMSprop", "torch.optim.SGD"])
 def test_any_ascent_with_any_base(name: str, method: str) -> None:

@@ -111,6 +111,9 @@ RUNS = {
     "extrapolation": EVERYTHING | {"optimizer": "sgd", "extrapolation": 0.05},
     "adamw, extrapolation": EVERYTHING
     | {"optimizer": "adamw", "extrapolation": 0.005, "lr": 0.003, "beta1": 0.8},
+    "codes of 8 bits": EVERYTHING | {"optimizer": "usam", "state_bits": 8},
+    "adamw, codes of 8 bits": EVERYTHING
+    | {"optimizer": "adamw", "method": "sam", "lr": 0.003, "state_bits": 8},
     "looking back": EVERYTHING | {"optimizer": "sgd", "extrapolation": -0.01},
     "controlled": CONTROLLED | {"optimizer": "sgd", "sharpness_target": 20.0},
     "controlled by rho": CONTROLLED | {"optimizer": "usam", "sharpness_target": 20.0},
@@ -128,6 +131,8 @@ GRADIENTS = {  # of 12 steps; rho is 0, and there is no ascent, in every second 
     "float64": 12,
     "extrapolation": 12,
     "adamw, extrapolation": 12,
+    "codes of 8 bits": 18,
+    "adamw, codes of 8 bits": 18,
     "looking back": 12,
     "controlled": 12,
     "controlled by rho": 24,
@@ -386,6 +391,9 @@ def assert_command_fails(argv: list[str], says: str, capsys: pytest.CaptureFixtu
         ("- 1", [], "must contain lines such as"),
         ("", ["--nesterov", "--momentum", "0"], "nesterov needs momentum"),
         ("", ["--extrapolation", "0.1"], "extrapolation applies only to sgd and adamw"),
+        ("state_bits: 4", [], "state_bits must be 0, 8 or 16, not 4"),
+        ("precision: float64", ["--state-bits", "8"], "usam in float64: leave it out"),
+        ("optimizer: torch.optim.SGD", ["--state-bits", "8"], "in float32, and this is torch"),
         ("extrapolation: .nan", [], "extrapolation must be a finite number, not nan"),
         ("extrapolation: -.inf", [], "extrapolation must be a finite number, not -inf"),
         (

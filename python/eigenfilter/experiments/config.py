@@ -163,6 +163,12 @@ class Config:
         f"{' and '.join(_EXTRAPOLATED)}: distance along the update, without lr, at which the "
         "gradient is taken; a negative one looks back",
     )
+    state_bits: int = _option(
+        0,
+        _integer(0, 32),
+        "8 or 16 bits for each number of the optimizer's state, of eigenfilter's optimizers; 0 "
+        "keeps the precision of the weights",
+    )
     weight_decay: float = _option(0.0, _number(0), "weight decay of all parameters")
     rho: float = _option(
         0.05, _number(0), "radius of the ascents, and of msam, which rho_schedule multiplies"
@@ -269,6 +275,13 @@ class Config:
             raise ValueError(
                 f"extrapolation applies only to {' and '.join(_EXTRAPOLATED)}, and the optimizer "
                 f"is {self.optimizer}; leave it out, or choose one of them"
+            )
+        if self.state_bits not in (0, 8, 16):
+            raise ValueError(f"state_bits must be 0, 8 or 16, not {self.state_bits}")
+        if self.state_bits and (self.optimizer.startswith(TORCH) or self.precision == "float64"):
+            raise ValueError(
+                f"state_bits compresses eigenfilter's optimizers in float32, and this is "
+                f"{self.optimizer} in {self.precision}: leave it out"
             )
         if self.sharpness_target and self.rho_schedule != "constant":
             raise ValueError(

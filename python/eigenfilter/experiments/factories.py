@@ -61,6 +61,8 @@ def build_optimizer(config: Config, params: Iterable[nn.Parameter]) -> Eigenfilt
         own = {"rho": config.rho} | _method_options(config, name)
     elif config.has_rho:
         own = {"rho": config.rho}
+    if config.state_bits:
+        own["state_bits"] = config.state_bits
     return make(params, **_hyperparameters(config, make), **own)
 
 
