@@ -176,7 +176,8 @@ class MSAM(ExtrapolatedOptimizer):
 
     Between steps the parameters hold y, so that no closure and no further memory is needed; a step
     costs one gradient, heavy ball's accesses, a norm, and a perturbation. Nothing waits for the
-    device. Evaluate and save x: call `eval()` before, and `train()` to go on.
+    device. Evaluate and save x: call `eval()` before, and `train()` to go on. Parameters of 16 bits
+    are rounded twice in a step: set `master_weight_bits`, so that small updates count.
 
     It is `SGD(extrapolation=e)` with e = rho / |m|: as |m| falls, e and with it the pull to flat
     regions grow, as SAM's does with the gradient. The filter at a given |m| is
@@ -195,8 +196,7 @@ class MSAM(ExtrapolatedOptimizer):
         options: the keyword arguments of `Options`.
 
     Raises:
-        TypeError: a parameter is sparse, complex, or of bfloat16 or float16 without
-            `master_weight_bits`: 16 bits would be rounded twice in a step; rho is no number.
+        TypeError: a parameter is sparse or complex; rho is no number.
         ValueError: a hyperparameter is out of its range, or `release_gradients` is set.
         RuntimeError: the parameters are flat shards of FSDP1, or those of one rank of a
             ZeroRedundancyOptimizer, over which no norm is taken.
@@ -238,16 +238,6 @@ class MSAM(ExtrapolatedOptimizer):
                 "SGD(extrapolation=...)"
             )
         super().__init__(params, group, Perturbation(), MSAMUpdate(), options)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        narrow = [p.dtype for p in group["params"] if p.dtype.itemsize < 4]
-        if narrow and self.master_weight_bits is None:
-            raise TypeError(
-                f"MSAM moves its parameters twice in a step, and {narrow[0]} would round both "
-                "times: set master_weight_bits=24 or 32, keep float32 parameters, under autocast, "
-                "or use SGD(extrapolation=...), which rounds once"
-            )
 
     def _check_extrapolation(self, group: dict[str, Any]) -> None:
         EigenfilterOptimizer._check_extrapolation(self, group)
