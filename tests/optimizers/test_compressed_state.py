@@ -446,8 +446,6 @@ def test_refusals() -> None:
             ef.SGD([p], lr=0.1, **{name: value})
     with pytest.raises(TypeError, match="is float64, and state_bits=8"):
         ef.SGD([nn.Parameter(torch.ones(3).double())], lr=0.1, state_bits=8)
-    with pytest.raises(TypeError, match="bfloat16 would round both times: set master_weight_bits"):
-        ef.MSAM([nn.Parameter(torch.ones(3).bfloat16())], lr=0.1, state_bits=8)
 
 
 def test_wide_parameters_have_no_corrections() -> None:
