@@ -26,7 +26,7 @@ REFUSALS = ("Device not supported", "LibraryNotLoaded", "ERR_NVGPUCTRPERM")
 # The kernels, without the "_kernel" at the end of their names.
 NATIVE = (
     *("update", "compressed"),
-    *("squares", "finish_norm", "nonfinite"),
+    *("squares", "code_squares", "finish_norm", "nonfinite"),
     *("dots", "add_tiles", "subtract", "finish_norms"),
     *("row_dots", "lanczos_step", "gram", "mix_rows", "add_sums"),
     "cross_entropy_hvp",

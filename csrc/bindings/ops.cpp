@@ -57,19 +57,27 @@ bool is_saved(const typename Op::Call& s, const A& list) {
     return false;
 }
 
-// The lists or vectors; what is no gradient comes first, because gradients may be wider.
+// The lists or vectors; what is no gradient comes first, because gradients may be wider. Beside
+// backups momenta are gradients like others.
 template <class Op>
 std::vector<Role> roles_of(const typename Op::Call& s, const py::handle* values) {
     std::vector<Role> roles;
     roles.reserve(TensorArgs::kMaxRoles);
+    bool has_backups = false;
+    for_each_argument<Op>(values, [&](const auto& a, py::handle value) INLINED {
+        has_backups |= (a.traits & kSaved) != 0 && !value.is_none();
+    });
     for_each_argument<Op>(values, [&](const auto& a, py::handle value) INLINED {
         if (a.list == nullptr && (a.vectors == nullptr || (a.traits & kBasis) != 0)) return;
-        const unsigned saved = is_saved<Op>(s, a) ? kWritten : kOptional;
-        roles.push_back({a.name, value, (a.traits & kSaved) != 0 ? saved : a.traits});
+        unsigned traits = a.traits;
+        if ((traits & kSaved) != 0) traits = is_saved<Op>(s, a) ? kWritten : kOptional;
+        if ((traits & kMomenta) == kMomenta && has_backups) traits = kGradients;
+        roles.push_back({a.name, value, traits});
     });
     if constexpr ((Op::kArguments[0].traits & kGradients) == 0) return roles;
     const auto model = std::find_if(roles.begin(), roles.end(), [](const Role& role) {
-        return !role.has(kGradients) && !(role.has(kOptional) && role.list.is_none());
+        return !role.has(kGradients) && !role.has(kReadScales) &&
+               !(role.has(kOptional) && role.list.is_none());
     });
     if (model != roles.end()) std::rotate(roles.begin(), model, model + 1);
     return roles;
@@ -152,6 +160,14 @@ void require_served(const TensorArgs& args) {
     cuda::require();
 }
 
+// Throws where an ascent is to fill backups, or to start from them, and has compressed tensors.
+void require_plain_backups(const Tensors& t) {
+    if (t.b != nullptr && (t.c != nullptr || t.g_scales != nullptr))
+        throw py::value_error(
+            "backups go without corrections and momentum_scales: pass backups=None and save=False "
+            "to move compressed tensors from where they are");
+}
+
 // What was read, for backends that are written in Python: data pointers by role and tensor, element
 // counts, and the gradients' dtypes, or nothing where all are the lists'.
 py::tuple table_of(const TensorArgs& args) {
@@ -182,6 +198,7 @@ py::object call(const py::handle* values, const OnCPU& on_cpu, const OnCUDA& on_
         if (a.list != nullptr) t.*a.list = args.pointers(a.name);
         if (a.is_found_inf) found_inf = args.flag(a.name, value, a.traits);
     });
+    if constexpr (kListsWith<Op, kSaved> != 0) require_plain_backups(t);
     if constexpr (Op::kArguments[0].vectors != nullptr) take_vectors<Op>(s, args, values);
     read_others<Op>(s, values, found_inf, args);
     if (Op::kArguments[0].vectors != nullptr && args.numel()[0] == 0) return py::none();

@@ -137,18 +137,17 @@ TensorArgs::TensorArgs(std::vector<Role> roles)
 }
 
 void TensorArgs::require_compressible() const {
-    const auto is_scales = [](const Role& role) { return role.has(kScales); };
+    const auto is_scales = [](const Role& role) { return role.has(kReadScales); };
     auto scales = std::find_if(roles_.begin(), roles_.end(), is_scales);
     if (scales == roles_.end()) return;  // no list of these roles is compressed
     for (const Role& role : roles_) {
-        if (!role.has(kState)) continue;
+        if (!role.has(kState) && !role.has(kMomenta)) continue;
         const std::string codes = role.name;
-        const bool has_codes = !role.list.is_none() && *state_ == DType::i8;
-        if (has_codes && scales->list.is_none())
+        if (has_codes(role, false) && scales->list.is_none())
             fail(PyExc_ValueError, codes + " are codes of 8 bits, and there are no " +
                                        scales->name + ": pass a float32 tensor [ceil(numel / " +
                                        std::to_string(kGroup) + ")] for each");
-        if (!has_codes && !scales->list.is_none())
+        if (!has_codes(role, true) && !scales->list.is_none())
             fail(PyExc_ValueError, std::string(scales->name) + " go with " + codes +
                                        " of 8 bits: pass None, or codes");
         scales = std::find_if(scales + 1, roles_.end(), is_scales);
@@ -160,6 +159,14 @@ void TensorArgs::require_compressible() const {
              Name{first_gradients(roles_.size())->name, is_double - wide_.begin()}() +
                  " is float64: a step of compressed tensors reads gradients of the parameters' "
                  "dtype or float32: convert it with .to()");
+}
+
+bool TensorArgs::has_codes(const Role& role, bool all) const {
+    if (role.list.is_none()) return false;
+    if (role.has(kState)) return state_ == DType::i8;
+    if (wide_.empty()) return dtype_ == DType::i8;
+    const auto codes = std::count(wide_.begin(), wide_.end(), DType::i8);
+    return all ? codes == static_cast<std::ptrdiff_t>(size()) : codes > 0;
 }
 
 py::tuple TensorArgs::items_of_role(const Role& role, std::shared_ptr<std::vector<void*>>& known) {
@@ -209,7 +216,7 @@ void TensorArgs::read_role(size_t r, std::vector<dlpack::Tensor>& first) {
 void TensorArgs::check_layout(const dlpack::Tensor& t, const dlpack::Tensor& first,
                               const Name& name, size_t r, size_t i) {
     const std::string model = roles_[0].at(i)();
-    if (roles_[r].has(kScales)) {
+    if (roles_[r].has(kReadScales)) {
         if (t.ndim != 1 || t.shape[0] != groups_of(numel_[i]) || !is_contiguous(t))
             fail(PyExc_ValueError,
                  name() + " has " + describe_layout(t) + ": pass a contiguous tensor [" +
@@ -234,8 +241,10 @@ void TensorArgs::check_first(const dlpack::Tensor& t, const Name& name) {
 
 void TensorArgs::check_type(const dlpack::Tensor& t, const Name& name, size_t r, size_t i) {
     DType dtype;
-    const bool may_be_whole = roles_[r].has(kState) || roles_[r].has(kCorrections);
-    if (!may_be_whole || !whole_dtype_of(t.dtype, dtype)) dtype = require_dtype(t, name);
+    const bool is_momentum = roles_[r].has(kMomenta);
+    const bool may_be_whole = is_momentum || roles_[r].has(kState) || roles_[r].has(kCorrections);
+    if (!may_be_whole || !whole_dtype_of(t.dtype, dtype) || (is_momentum && dtype != DType::i8))
+        dtype = require_dtype(t, name);
     if (r == 0 && i == 0) {
         dtype_ = dtype;
         device_ = t.device;
@@ -265,7 +274,11 @@ bool TensorArgs::takes(DType dtype, size_t r, size_t i) {
         return takes_compressed(dtype, roles_[r]);
     if (dtype == expected(roles_[r], i)) return true;
     if (!roles_[r].has(kGradients) || first_gradients(r) != nullptr) return false;
-    if (r > 0 && dtype != wider(dtype_)) return false;
+    if (r > 0 && dtype != wider(dtype_)) {
+        const bool may_be_momentum = roles_[0].has(kWritten) && roles_[r].has(kMomenta);
+        if (!may_be_momentum || !may_be_state(dtype)) return false;
+        state_ = dtype;
+    }
     if (wide_.empty()) wide_.assign(size(), dtype_);
     wide_[i] = dtype;
     return true;
@@ -277,10 +290,7 @@ bool TensorArgs::takes_compressed(DType dtype, const Role& role) {
         if (!correction_ && is_one && size_of(dtype_) == 2) correction_ = dtype;
         return correction_ == dtype;
     }
-    if (!state_) {
-        const bool is_known = dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::i8;
-        state_ = dtype_ != DType::f64 && is_known ? dtype : dtype_;
-    }
+    if (!state_) state_ = may_be_state(dtype) ? dtype : dtype_;
     return dtype == state_of(role);
 }
 

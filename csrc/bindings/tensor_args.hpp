@@ -133,11 +133,18 @@ class TensorArgs {
     // Whether the i-th tensor of a role may have a dtype; notes one that is not the parameters'.
     bool takes(DType dtype, std::size_t r, std::size_t i);
     bool takes_compressed(DType dtype, const Role& role);
+    // Whether a state may have a dtype that is not the parameters'.
+    bool may_be_state(DType dtype) const {
+        return dtype_ != DType::f64 &&
+               (dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::i8);
+    }
+    // Whether some, or all, tensors of a role are codes.
+    bool has_codes(const Role& role, bool all) const;
     // Throws unless the i-th tensor of a role is laid out as the first role's, or fits its groups.
     void check_layout(const dlpack::Tensor& t, const dlpack::Tensor& first, const Name& name,
                       std::size_t r, std::size_t i);
     DType expected(const Role& role, std::size_t i) const {
-        if (role.has(kScales)) return DType::f32;
+        if (role.has(kReadScales)) return DType::f32;
         if (role.has(kCorrections)) return *correction_;
         if (role.has(kState)) return state_of(role);
         return role.has(kGradients) && !wide_.empty() ? wide_[i] : dtype_;
@@ -148,7 +155,8 @@ class TensorArgs {
     // Throws where codes lack their scales, or compressed tensors go with gradients in double.
     void require_compressible() const;
     std::int64_t bytes(const Role& role, std::size_t i) const {
-        return (role.has(kScales) ? groups_of(numel_[i]) : numel_[i]) * size_of(expected(role, i));
+        return (role.has(kReadScales) ? groups_of(numel_[i]) : numel_[i]) *
+               size_of(expected(role, i));
     }
     bool is_here(const dlpack::Device& device) const {
         return device.type == device_.type && device.id == device_.id;

@@ -12,7 +12,8 @@ namespace eigenfilter {
 // the next wider dtype; they are a state of the rule, which it reads and writes; they are one
 // tensor and no list; that tensor is [b, n], or a single vector [n]; it is [m, n], of a dtype of
 // its own; they are corrections, which are whole numbers; they are the scales of a state's codes;
-// a state's codes have no sign.
+// a state's codes have no sign; the scales are read alone; gradients may be momenta too, in any
+// format that a state has.
 enum Traits : unsigned {
     kRead = 0,
     kWritten = 1,
@@ -24,8 +25,10 @@ enum Traits : unsigned {
     kMayBeOne = 64,
     kBasis = 128,
     kCorrections = 256 | kWritten | kOptional,
-    kScales = 512 | kWritten | kOptional,
+    kReadScales = 512 | kOptional,
+    kScales = kReadScales | kWritten,
     kUnsigned = 1024,
+    kMomenta = 2048 | kGradients,
 };
 
 // What a scalar must be; one on a GPU is not looked at. A computed one comes from gradients, and is

@@ -72,9 +72,10 @@ EIGENFILTER_CUDA_KERNELS(DECLARE)
 struct Norm {
     using Call = Reduction;
     static constexpr Argument<Call> kArguments[] = {
-        {"tensors", &Tensors::x, kGradients},
+        {"tensors", &Tensors::x, kMomenta},
         {"out", &Call::out, &Call::out_is_double},
         {"weights", &Tensors::g, kOptional},
+        {"momentum_scales", &Tensors::g_scales, kReadScales},
         {"grad_scale", &Call::grad_scale, Range::scale},
     };
     static constexpr const char* kDoc =

@@ -60,9 +60,11 @@ struct PerturbScalars {
     static constexpr Backup kBackup = Backup::origin;
     static constexpr Argument<Call, Real> kArguments[] = {
         {"params", &Tensors::x, kWritten},
-        {"grads", &Tensors::g, kGradients},
+        {"grads", &Tensors::g, kMomenta},
         {"backups", &Tensors::b, kSaved},
         {"alpha", &Call::alpha, Range::computed},
+        {"corrections", &Tensors::c, kCorrections},
+        {"momentum_scales", &Tensors::g_scales, kReadScales},
         {"save", &Call::save, &Tensors::b},
         {"adaptive", &Call::adaptive},
         {"grad_scale", &Call::grad_scale, Range::scale},
@@ -74,8 +76,9 @@ struct PerturbScalars {
     save:  b <- x,  x <- x + alpha g / grad_scale
     else:  x <- b + alpha g / grad_scale, without backups x + alpha g / grad_scale
 
-With `adaptive`, g is multiplied by the square of what x starts from. Where found_inf is not zero
-x stays, and is still saved.)";
+Without backups x may be master weights, and g momenta in any format of a state. With `adaptive`, g
+is multiplied by the square of what x starts from. Where found_inf is not zero x stays, and is still
+saved.)";
 };
 
 template <class T>
@@ -353,8 +356,8 @@ constexpr bool kIsWellFormed = [] {
     for (std::size_t i = 1; i < kArgumentCount<Scalars>; ++i) {
         const auto& a = Scalars::kArguments[i];
         if (a.list == nullptr || a.list == &Tensors::b) continue;
-        if (a.traits == kCorrections || a.traits == kScales) continue;
-        if (a.traits == kGradients) {
+        if (a.traits == kCorrections || (a.traits & kReadScales) == kReadScales) continue;
+        if ((a.traits & kGradients) != 0) {
             holds &= a.list == gradients[grads];
             grads += grads < 2;
         } else {

@@ -49,7 +49,8 @@ struct Tensors {
     std::size_t n;
     const std::int64_t* numel;  // [n]
     const DType* wide;          // [n] dtypes of g and g0, of x in a reduction; nullptr: `dtype`
-    DType state;                // of m and v; i8: they are codes, those of v being u8
+    DType state;                // of m and v, and of a g that is a momentum; i8: they are codes,
+                                // those of v being u8
     DType correction;           // of c
     void* const* x = nullptr;   // [n] parameters, written; the tensors of a reduction
     void* const* g = nullptr;   // [n] gradients, read; the weights of a norm
@@ -60,6 +61,7 @@ struct Tensors {
     void* const* c = nullptr;   // [n] corrections of parameters to their master weights, written
     void* const* m_scales = nullptr;  // [n] of the groups of codes, float32, written
     void* const* v_scales = nullptr;
+    void* const* g_scales = nullptr;  // [n] of the codes of g, or of x in a reduction, read
 
     EIGENFILTER_RULE DType gradient(std::size_t i) const {
         return wide != nullptr ? wide[i] : dtype;

@@ -93,6 +93,19 @@ EIGENFILTER_INLINE std::uint32_t largest_of(Vec<std::uint32_t, L> v) {
     }
 }
 
+// What codes of groups with these scales stand for, from the first element of a group on.
+template <class Moment, class Code>
+EIGENFILTER_INLINE void decode(const Code* codes, const float* scales, int count, Tile& out) {
+    for (int first = 0; first < count; first += kGroup) {
+        const float s = scales[first / kGroup];
+        read_raw(codes + first, std::min(static_cast<int>(kGroup), count - first),
+                 [&](int k, auto raw) {
+                     const Integers whole = widen_whole<Code, kFloats>(raw);
+                     out.put(first + k, Moment::decode(__builtin_convertvector(whole, Floats), s));
+                 });
+    }
+}
+
 // A state of the step: its list, the scales of its codes, and what it is among the results.
 template <class Moment, class Code, Output Which>
 struct State {
@@ -104,14 +117,7 @@ struct State {
 
     void read(const Stretch& r, std::int64_t i, int count, Tile& out) const {
         if (scales == nullptr) return read_floats(r, r.t.state, list, i, count, out);
-        for (int first = 0; first < count; first += kGroup) {
-            const float s = *scale(r, i + first);
-            const int n = in_group(first, count);
-            read_raw(at<const Code>(r, list, i + first), n, [&](int k, auto raw) {
-                const Integers whole = widen_whole<Code, kFloats>(raw);
-                out.put(first + k, Moment::decode(__builtin_convertvector(whole, Floats), s));
-            });
-        }
+        decode<Moment>(at<const Code>(r, list, i), scale(r, i), count, out);
     }
 
     // Writes elements, which become what they are when they are read again.
@@ -121,8 +127,15 @@ struct State {
         if (scales != nullptr) return quantize(r, step, i, count, tile);
         by_float_dtype(r.t.state, [&](auto storage) {
             using Storage = decltype(storage);
+            constexpr bool kByStep =
+                std::is_same_v<Storage, BFloat16> && std::is_same_v<Rounding, Nearest>;
             write_raw(at<typename Storage::Bits>(r, list, i), count, [&](int k) {
-                const auto raw = rounded_float<Storage>(rounding, tile.at(k), Which, i + k);
+                Floats value = tile.at(k);
+                if constexpr (kByStep) {
+                    const Words word = word_of(step, index_of<kFloats>(r.first + i + k));
+                    value = round_by_steps(value, word);
+                }
+                const auto raw = rounded_float<Storage>(rounding, value, Which, i + k);
                 tile.put(k, Storage::template widen<kFloats>(raw));
                 return raw;
             });
@@ -130,16 +143,12 @@ struct State {
     }
 
  private:
-    static int in_group(int first, int count) {
-        return std::min(static_cast<int>(kGroup), count - first);
-    }
-
     void quantize(const Stretch& r, std::uint32_t step, std::int64_t i, int count,
                   Tile& tile) const {
         if (count % kFloats != 0)
             std::memset(tile.v + count, 0, (kFloats - count % kFloats) * sizeof(float));
         for (int first = 0; first < count; first += kGroup) {
-            const int n = in_group(first, count);
+            const int n = std::min(static_cast<int>(kGroup), count - first);
             float* const values = tile.v + first;
             alignas(kRegisterBytes) float magnitudes[kGroup];
             Words largest{};
@@ -161,6 +170,14 @@ struct State {
         }
     }
 };
+
+using FirstState = State<FirstMoment, std::int8_t, Output::m>;
+
+// Gradients, or momenta that are codes.
+void read_gradients(const Stretch& r, std::int64_t i, int count, Tile& out) {
+    if (r.t.g_scales != nullptr) return FirstState{r.t.g, r.t.g_scales}.read(r, i, count, out);
+    read_floats(r, r.t.gradient(r.i), r.t.g, i, count, out);
+}
 
 // Where x starts from: the parameter or its backup, with its correction if there is one.
 template <class Call>
@@ -228,7 +245,7 @@ void compressed_update(const Stretch& r, const Rule& rule, const Rounding& round
         const int count = static_cast<int>(std::min<std::int64_t>(kTile, r.count - i));
         Tile x, g, before[sizeof...(S) + 1], after[sizeof...(S) + 1];
         read_params(r, i, count, x);
-        read_floats(r, r.t.gradient(r.i), r.t.g, i, count, g);
+        read_gradients(r, i, count, g);
         (states.read(r, i, count, before[S]), ...);
         each_vector(count, [&](int k) {
             [[maybe_unused]] Floats state[] = {before[S].at(k)..., {}};
@@ -248,17 +265,22 @@ void compressed_update(const Stretch& r, const Rule& rule, const Rounding& round
 
 template <class Scalars>
 void compressed_update_of(const Stretch& r, const Scalars& s) {
-    const State<FirstMoment, std::int8_t, Output::m> first{r.t.m, r.t.m_scales};
+    const FirstState first{r.t.m, r.t.m_scales};
     const State<SecondMoment, std::uint8_t, Output::v> second{r.t.v, r.t.v_scales};
+    std::uint32_t step = 0;
+    if constexpr (kMayRound<Scalars>) step = number_of_step(s);
     const auto run = [&](const auto& rule, const auto& rounding) {
-        const std::uint32_t step = number_of_step(s);
-        if constexpr (kListsWith<Scalars, kState> == 2) {
-            compressed_update(r, rule, rounding, step, std::make_integer_sequence<int, 2>{}, first,
-                              second);
-        } else if (r.t.m != nullptr) {
-            compressed_update(r, rule, rounding, step, std::make_integer_sequence<int, 1>{}, first);
+        const auto update = [&](const auto&... states) {
+            compressed_update(r, rule, rounding, step,
+                              std::make_integer_sequence<int, sizeof...(states)>{}, states...);
+        };
+        constexpr int kStates = kListsWith<Scalars, kState>;
+        if constexpr (kStates == 2) {
+            update(first, second);
+        } else if constexpr (kStates == 1) {
+            r.t.m != nullptr ? update(first) : update();
         } else {
-            compressed_update(r, rule, rounding, step, std::make_integer_sequence<int, 0>{});
+            update();
         }
     };
     const auto with = [&](const auto& rounding) {
@@ -267,10 +289,11 @@ void compressed_update_of(const Stretch& r, const Scalars& s) {
         else
             run(typename Scalars::template Rule<float>(s), rounding);
     };
-    if (s.stochastic)
-        with(Stochastic(static_cast<std::uint32_t>(s.rounding_seed), r.place()));
-    else
-        with(Nearest{});
+    if constexpr (kMayRound<Scalars>) {
+        if (s.stochastic)
+            return with(Stochastic(static_cast<std::uint32_t>(s.rounding_seed), r.place()));
+    }
+    with(Nearest{});
 }
 
 // The entry of an update in the table.

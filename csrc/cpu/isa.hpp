@@ -47,6 +47,8 @@ struct Loops {
     // The sum over t [n], or over its products with weights [n], which may be nullptr. The order of
     // summation is the same for every instruction set.
     double (*sum_squares)(DTypes, const void* t, const void* weights, std::int64_t n);
+    // The same over codes [n] with the scales of their groups, the first of which begins with them.
+    double (*sum_squares_of_codes)(const std::int8_t* codes, const float* scales, std::int64_t n);
     bool (*has_nonfinite)(DType, const void* t, std::int64_t n);
     // Of rows q [rows, n], which lie `stride` elements apart, and w [n], n <= kColumns:
     // out [rows] <- q_i . w

@@ -80,6 +80,7 @@ extern const Loops TABLE(EIGENFILTER_ISA) = {
     NAME(EIGENFILTER_ISA),
     EIGENFILTER_UPDATES(UPDATE)  //
     sum_squares,
+    sum_squares_of_codes,
     has_nonfinite,
     dots_of_any,
     subtract_any,

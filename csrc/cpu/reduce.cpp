@@ -75,8 +75,15 @@ double norm_of(const Tensors& t, int threads) {
     std::vector<double> sums(chunks_before[t.n], 0.0);
     for_each_chunk(t, threads, [&](std::size_t i, std::int64_t first, std::int64_t n) {
         const DType dtype = t.gradient(i);
+        double& sum = sums[chunks_before[i] + first / kChunk];
+        if (t.g_scales != nullptr) {
+            const auto* const scales = static_cast<const float*>(t.g_scales[i]) + first / kGroup;
+            sum = table.sum_squares_of_codes(static_cast<const std::int8_t*>(t.x[i]) + first,
+                                             scales, n);
+            return;
+        }
         const DTypes dtypes{t.g != nullptr ? t.dtype : dtype, dtype};
-        sums[chunks_before[i] + first / kChunk] =
+        sum =
             table.sum_squares(dtypes, at(t.x, i, first, dtype), at(t.g, i, first, dtypes.param), n);
     });
     const double sum = std::accumulate(sums.begin(), sums.end(), 0.0);

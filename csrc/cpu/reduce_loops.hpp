@@ -51,6 +51,21 @@ double sum_squares(DTypes dtypes, const void* t, const void* weights, std::int64
     });
 }
 
+// Of momenta that are codes [n], decoded some groups at a time.
+double sum_squares_of_codes(const std::int8_t* codes, const float* scales, std::int64_t n) {
+    Sums sums = {};
+    for (std::int64_t first = 0; first < n; first += kTile) {
+        const int count = static_cast<int>(std::min<std::int64_t>(kTile, n - first));
+        Tile values;
+        decode<FirstMoment>(codes + first, scales + first / kGroup, count, values);
+        by_parts<Native<float>>(count, [&](auto io, std::int64_t i, int part) {
+            const auto value = to_doubles(io.read(values.v + i));
+            sums[part] += value * value;
+        });
+    }
+    return sum_of(sums);
+}
+
 // x - x is NaN for inf and NaN, 0 for every other x.
 bool has_nonfinite(DType dtype, const void* t, std::int64_t n) {
     return by_dtype(dtype, [&](auto storage) {

@@ -100,6 +100,13 @@ struct Span {
     }
 };
 
+// Those of this thread, of `total` in the chunk; `aligned`: one access may move them.
+__device__ __forceinline__ Span span_of(int start, int total, bool aligned) {
+    const int first = start + static_cast<int>(threadIdx.x) * kHeld;
+    const int count = max(0, min(total - first, kHeld));
+    return {first, count, aligned && count == kHeld};
+}
+
 // A list's elements in a chunk.
 struct Elements {
     char* p;
@@ -118,6 +125,10 @@ struct Elements {
             }
         });
         return raw;
+    }
+
+    __device__ __forceinline__ Raw load(const Span& span) const {
+        return span.wide ? load<true>(span) : load<false>(span);  // not needed for the result
     }
 
     __device__ __forceinline__ void store(const Raw& raw, const Span& span) const {
@@ -155,15 +166,17 @@ struct CompressedRule<Scalars, std::enable_if_t<kHasAhead<Scalars>>> {
 // A rule with what rounds and quantizes its results.
 template <class Rule>
 struct Compressing : Rule {
-    std::uint32_t seed, step;
-    bool stochastic;
+    std::uint32_t seed = 0, step = 0;
+    bool stochastic = false;
 
     template <class Scalars>
-    EIGENFILTER_RULE explicit Compressing(const Scalars& s)
-        : Rule(s),
-          seed(static_cast<std::uint32_t>(s.rounding_seed)),
-          step(number_of_step(s)),
-          stochastic(s.stochastic) {}
+    EIGENFILTER_RULE explicit Compressing(const Scalars& s) : Rule(s) {
+        if constexpr (kMayRound<Scalars>) {
+            seed = static_cast<std::uint32_t>(s.rounding_seed);
+            step = number_of_step(s);
+            stochastic = s.stochastic;
+        }
+    }
 };
 
 // What the results of a thread are rounded by, given the place of its first element in the chunk.
@@ -225,6 +238,13 @@ struct State {
                                           float (&values)[kHeld]) const {
         if (scales != nullptr) return quantize(span, results, values);
         by_float_dtype(dtype, [&](auto storage) {
+            if constexpr (std::is_same_v<decltype(storage), BFloat16>) {
+                if (!results.stochastic) {
+#pragma unroll
+                    for (int j = 0; j < kHeld; ++j)
+                        values[j] = round_by_steps(values[j], results.word(j));
+                }
+            }
             elements.store(results.narrow<decltype(storage)>(values, Output(S + 1)), span);
         });
     }
@@ -259,8 +279,9 @@ struct State {
 
 // The lists of a chunk that are there whatever the rule.
 struct Params {
-    Elements x, from, g, c;  // `from` is b where there are backups
-    DType gradient, correction;
+    Elements x, from, c;  // `from` is b where there are backups
+    State<0> g;
+    DType correction;
 
     // Calls call(master, correction).
     template <class Storage, class Call>
@@ -312,11 +333,12 @@ struct Params {
     }
 };
 
-// The chunk of a block, with the states S. Roles: x, g, b, c, and each state with its scales.
-template <class Storage, int... S>
+// The chunk of a block, with the states S. Roles: x, b, c, and g and each state, the last of them
+// with their scales. Gradients that may be momenta have scales, and go without states.
+template <class Storage, bool IsMomentum, int... S>
 struct Compressed : Params, State<S>... {
     static constexpr int kStates = sizeof...(S);
-    static constexpr int kRoles = 4 + 2 * kStates;
+    static constexpr int kRoles = 4 + IsMomentum + 2 * kStates;
     static constexpr int kBytes = sizeof(typename Storage::Bits);
 
     Cut cut;
@@ -327,32 +349,26 @@ struct Compressed : Params, State<S>... {
         : cut(batch, kChunkBytes / kBytes) {
         static_assert(Pieces::kRoles == kRoles);
         x = elements(batch, 0, kBytes);
-        g = elements(batch, 1, size_of(types.other));
-        from = elements(batch, 2, kBytes);
+        from = elements(batch, 1, kBytes);
         if (from.p == nullptr) from = x;
-        c = elements(batch, 3, size_of(types.correction));
-        gradient = types.other;
+        c = elements(batch, 2, size_of(types.correction));
         correction = types.correction;
-        (set(batch, types.state, static_cast<State<S>&>(*this)), ...);
+        set<3, IsMomentum>(batch, types.other, g);
+        (set<4 + 2 * S, true>(batch, types.state, static_cast<State<S>&>(*this)), ...);
     }
 
     // Calls body(span) for all elements of a thread; its warp stays together.
     template <class Body>
     __device__ __forceinline__ void each(const Body& body) const {
 #pragma unroll 1
-        for (int start = 0; start < cut.count; start += kThreads * kHeld) {
-            const int first = start + static_cast<int>(threadIdx.x) * kHeld;
-            const int count = max(0, min(cut.count - first, kHeld));
-            body(Span{first, count, aligned && count == kHeld});
-        }
+        for (int start = 0; start < cut.count; start += kThreads * kHeld)
+            body(span_of(start, cut.count, aligned));
     }
 
     // x <- b
     __device__ __forceinline__ void restore() const {
         if (from.p == x.p) return;  // not needed for the result
-        each([&](const Span& span) {
-            x.store(span.wide ? from.load<true>(span) : from.load<false>(span), span);
-        });
+        each([&](const Span& span) { x.store(from.load(span), span); });
     }
 
     // x <- rule(from, gradients, states...); the rule changes the states too.
@@ -362,7 +378,7 @@ struct Compressed : Params, State<S>... {
             Raw params, grads, corrections, states[kStates + 1];
             const auto load = [&](auto wide) {
                 params = from.load<wide>(span);
-                grads = g.load<wide>(span);
+                grads = g.elements.load<wide>(span);
                 ((states[S] = State<S>::elements.template load<wide>(span)), ...);
                 if (c.p != nullptr) corrections = c.load<wide>(span);
             };
@@ -373,7 +389,7 @@ struct Compressed : Params, State<S>... {
             [[maybe_unused]] const float scales[] = {State<S>::scale(span)..., 0};
             float x[kHeld], g[kHeld], before[kStates + 1][kHeld], after[kStates + 1][kHeld];
             Params::decode<Storage>(params, corrections, x);
-            widen(grads, gradient, g);
+            Params::g.decode(grads, Params::g.scale(span), g);
             (State<S>::decode(states[S], scales[S], before[S]), ...);
 #pragma unroll
             for (int j = 0; j < kHeld; ++j) {
@@ -405,30 +421,38 @@ struct Compressed : Params, State<S>... {
         return {p, size};
     }
 
-    template <class Pieces, int K>
+    // A list, and the scales that may be the next role.
+    template <int Role, bool MayHaveScales, class Pieces, int K>
     __device__ __forceinline__ void set(const Pieces& batch, DType dtype, State<K>& state) {
-        auto* const scales = static_cast<float*>(batch.pointers[5 + 2 * K][cut.piece]);
-        state.elements = elements(batch, 4 + 2 * K, size_of(dtype));
-        state.scales = scales != nullptr ? scales + cut.first / kGroup : nullptr;
+        state.elements = elements(batch, Role, size_of(dtype));
         state.dtype = dtype;
+        state.scales = nullptr;
+        if constexpr (MayHaveScales) {
+            auto* const scales = static_cast<float*>(batch.pointers[Role + 1][cut.piece]);
+            if (scales != nullptr) state.scales = scales + cut.first / kGroup;
+        }
     }
 };
 
-template <class Storage, int... S>
-Compressed<Storage, S...> compressed_of(std::integer_sequence<int, S...>);
+template <class Storage, bool IsMomentum, int... S>
+Compressed<Storage, IsMomentum, S...> compressed_of(std::integer_sequence<int, S...>);
 
 // Two states and their divisions take more than 64 registers.
-template <class Storage, int States, class Pieces, class Deferred>
+template <class Storage, bool IsMomentum, int States, class Pieces, class Deferred>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm - (States > 1))
     compressed_kernel(const __grid_constant__ Pieces batch, const __grid_constant__ Deferred rule,
                       Types types, const float* found_inf) {
-    using Chunk = decltype(compressed_of<Storage>(std::make_integer_sequence<int, States>{}));
+    using Numbers = std::make_integer_sequence<int, States>;
+    using Chunk = decltype(compressed_of<Storage, IsMomentum>(Numbers{}));
     const Chunk chunk(batch, types);
     if (is_set(found_inf))
         chunk.restore();
     else
         chunk.update(rule.get());
 }
+
+template <class Scalars>
+constexpr bool kMayBeMomentum = kListsWith<Scalars, kMomenta> > 0;
 
 template <template <class> class Of>
 void compressed_update(const Tensors& t, const Of<Scalar>& s, const float* found_inf, int device,
@@ -438,16 +462,24 @@ void compressed_update(const Tensors& t, const Of<Scalar>& s, const float* found
     const auto types_of = [&](std::size_t i) {
         return Types{t.dtype, t.gradient(i), t.state, t.correction};
     };
-    const Role roles[] = {{t.x, &Types::storage},    {t.g, &Types::other}, {t.b, &Types::storage},
-                          {t.c, &Types::correction}, {t.m, &Types::state}, {t.m_scales, nullptr},
-                          {t.v, &Types::state},      {t.v_scales, nullptr}};
+    const Role fifth =
+        kMayBeMomentum<Scalars> ? Role{t.g_scales, nullptr} : Role{t.m, &Types::state};
+    const Role roles[] = {{t.x, &Types::storage},
+                          {t.b, &Types::storage},
+                          {t.c, &Types::correction},
+                          {t.g, &Types::other},
+                          fifth,
+                          {t.m_scales, nullptr},
+                          {t.v, &Types::state},
+                          {t.v_scales, nullptr}};
     const DeferredRule<Compressing<typename CompressedRule<Scalars>::Type>, Scalars> rule(s);
     static_assert(sizeof rule + sizeof(Types) + sizeof found_inf <= kOtherArgumentBytes);
     by_flag<true, kMayBeAbsent<Scalars, &Tensors::m>>(t.m != nullptr, [&](auto has_m) {
         constexpr int kStates = has_m ? kListsWith<Scalars, kState> : 0;
+        static_assert(!kMayBeMomentum<Scalars> || kStates == 0);
         const auto launch = [&](const auto& batch, int blocks, const Types& types) {
             const auto run = [&](auto storage) {
-                compressed_kernel<decltype(storage), kStates>
+                compressed_kernel<decltype(storage), kMayBeMomentum<Scalars>, kStates>
                     <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch, rule, types,
                                                                                  found_inf);
             };
@@ -457,7 +489,7 @@ void compressed_update(const Tensors& t, const Of<Scalar>& s, const float* found
                 by_narrow_dtype(types.storage, run);
             check(cudaGetLastError(), "launching an update");
         };
-        for_each_batch<4 + 2 * kStates>(t, roles, types_of, launch);
+        for_each_batch<4 + kMayBeMomentum<Scalars> + 2 * kStates>(t, roles, types_of, launch);
     });
 }
 

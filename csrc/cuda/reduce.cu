@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "block_sum.cuh"
+#include "compressed.cuh"
 #include "multi_tensor.cuh"
 #include "scalars.cuh"
 
@@ -134,6 +135,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     }
 }
 
+// The same of momenta that are codes: float32, whose squares double holds.
+template <class Pieces>
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+    code_squares_kernel(const __grid_constant__ Pieces batch, double* sums) {
+    const Cut cut(batch, kChunkBytes);
+    auto* const codes = static_cast<char*>(batch.pointers[0][cut.piece]) + cut.first;
+    auto* const scales = static_cast<float*>(batch.pointers[1][cut.piece]) + cut.first / kGroup;
+    const State<0> state{{codes, 1}, scales, DType::i8};
+    // A thread may move its elements by one access.
+    const bool aligned = reinterpret_cast<std::uintptr_t>(codes) % kHeld == 0;
+    double sum = 0;
+    for (int start = 0; start < cut.count; start += kThreads * kHeld) {
+        const Span span = span_of(start, cut.count, aligned);
+        float values[kHeld];
+        state.decode(state.elements.load(span), state.scale(span), values);
+#pragma unroll
+        for (int j = 0; j < kHeld; ++j) {
+            const double value = j < span.count ? values[j] : 0;
+            sum += value * value;
+        }
+    }
+    sum = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
 constexpr int kFinalThreads = 1024;
 
 template <bool Scaled>
@@ -200,6 +226,16 @@ void launch_squares(const Tensors& t, Sums sums, cudaStream_t stream) {
     });
 }
 
+void launch_code_squares(const Tensors& t, double* sums, cudaStream_t stream) {
+    const Role roles[] = {{t.x, &Types::storage}, {t.g_scales, nullptr}};
+    const auto types_of = [](std::size_t) { return Types{DType::i8, DType::i8}; };
+    for_each_batch<2>(t, roles, types_of, [&](const auto& batch, int blocks, const Types&) {
+        code_squares_kernel<<<blocks, kThreads, 0, stream>>>(batch, sums);
+        check(cudaGetLastError(), "launching norm");
+        sums += blocks;
+    });
+}
+
 std::int64_t chunks_in(const Tensors& t) {
     std::int64_t chunks = 0;
     for (std::size_t i = 0; i < t.n; ++i) chunks += chunks_of(t.gradient(i), t.numel[i]);
@@ -224,7 +260,9 @@ void norm(const Tensors& t, const Scalar& grad_scale, void* out, bool out_is_dou
     const std::int64_t chunks = chunks_in(t);
     const bool scaled = has_doubles(t);
     const Sums sums{workspace, scaled ? workspace + chunks : nullptr};
-    if (t.g != nullptr)
+    if (t.g_scales != nullptr)
+        launch_code_squares(t, workspace, queue);
+    else if (t.g != nullptr)
         launch_squares<2>(t, sums, queue);
     else
         launch_squares<1>(t, sums, queue);

@@ -191,3 +191,120 @@ def test_adamw_step_refuses(host_backend: str, name: str) -> None:
     call = adamw_call()
     change(call)
     refuse(kernels.adamw_step, call | {"backend": host_backend}, error, message)
+
+
+def move_call() -> dict[str, Any]:
+    return {
+        "params": [torch.ones(N).bfloat16()],
+        "grads": [torch.ones(N, dtype=torch.int8)],
+        "backups": None,
+        "alpha": 0.1,
+        "corrections": [torch.zeros(N, dtype=torch.int8)],
+        "momentum_scales": [torch.ones(3)],
+        "save": False,
+    }
+
+
+WITH_BACKUPS = "backups go without corrections and momentum_scales: pass backups=None and save=F"
+
+
+def to_ascent(**changes: Any) -> Change:
+    """The call of a plain ascent, with changes."""
+    narrow = {"grads": [torch.ones(N).bfloat16()], "backups": [torch.ones(N).bfloat16()]}
+    plain = narrow | {"corrections": None, "momentum_scales": None}
+    return lambda call: call.update(plain | changes)
+
+
+BAD_MOVES: dict[str, tuple[Change, type[Exception], str]] = {
+    "backups and corrections": (
+        to_ascent(corrections=[torch.zeros(N, dtype=torch.int8)]),
+        ValueError,
+        WITH_BACKUPS,
+    ),
+    "backups and scales": (
+        to_ascent(momentum_scales=[torch.ones(3)]),
+        ValueError,
+        WITH_BACKUPS,
+    ),
+    "codes and backups": (
+        to_ascent(grads=[torch.ones(N, dtype=torch.int8)]),
+        TypeError,
+        r"grads\[0\] is int8: supported are",
+    ),
+    "a narrow gradient and backups": (
+        to_ascent(params=[torch.ones(N)], backups=[torch.ones(N)]),
+        _core.LayoutError,
+        r"grads\[0\] is bfloat16",
+    ),
+    "no scales": (
+        put("momentum_scales", None),
+        ValueError,
+        "grads are codes of 8 bits, and there are no momentum_scales: pass a float32 tensor",
+    ),
+    "scales of numbers": (
+        put("grads", [torch.ones(N)]),
+        ValueError,
+        "momentum_scales go with grads of 8 bits: pass None, or codes",
+    ),
+    "codes without a sign": (
+        put("grads", [torch.ones(N, dtype=torch.uint8)]),
+        TypeError,
+        r"grads\[0\] is uint8: supported are",
+    ),
+    "float16 along bfloat16": (
+        lambda call: call.update(grads=[torch.ones(N).half()], momentum_scales=None),
+        _core.LayoutError,
+        r"grads\[0\] is float16",
+    ),
+    "codes of float64": (
+        lambda call: call.update(params=[torch.ones(N).double()], corrections=None),
+        _core.LayoutError,
+        r"grads\[0\] is int8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MOVES)
+def test_perturb_refuses(host_backend: str, name: str) -> None:
+    change, error, message = BAD_MOVES[name]
+    kernels.perturb(**move_call(), backend=host_backend)
+    call = move_call()
+    change(call)
+    refuse(kernels.perturb, call | {"backend": host_backend}, error, message)
+
+
+def norm_call() -> dict[str, Any]:
+    codes = [torch.ones(N, dtype=torch.int8)]
+    return {"tensors": codes, "momentum_scales": [torch.ones(3)]}
+
+
+BAD_NORMS: dict[str, tuple[Change, type[Exception], str]] = {
+    "no scales": (
+        put("momentum_scales", None),
+        ValueError,
+        "tensors are codes of 8 bits, and there are no momentum_scales",
+    ),
+    "scales of numbers": (
+        put("tensors", [torch.ones(N)]),
+        ValueError,
+        "momentum_scales go with tensors of 8 bits",
+    ),
+    "codes and numbers": (
+        lambda call: call.update(
+            tensors=[torch.ones(N, dtype=torch.int8), torch.ones(N)],
+            momentum_scales=[torch.ones(3), torch.ones(3)],
+        ),
+        ValueError,
+        "momentum_scales go with tensors of 8 bits",
+    ),
+    "weights": (put("weights", [torch.ones(N)]), _core.LayoutError, r"tensors\[0\] is int8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_NORMS)
+def test_norm_refuses(host_backend: str, name: str) -> None:
+    change, error, message = BAD_NORMS[name]
+    assert kernels.norm(**norm_call(), backend=host_backend) > 0
+    call = norm_call()
+    change(call)
+    refuse(kernels.norm, call | {"backend": host_backend}, error, message)

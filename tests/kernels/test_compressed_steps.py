@@ -31,8 +31,10 @@ from compressed import (
     lists_of,
     name_of,
     not_finite,
+    usual,
 )
 from eigenfilter import kernels
+from eigenfilter.kernels.compression import decode
 from eigenfilter.kernels.triton.blocks import Blocks, forcing
 
 Case = Descent | AdamWDescent
@@ -189,3 +191,116 @@ def test_blocks_of_few_groups(fast_backend: KernelBackend, form: Format) -> None
     with forcing(Blocks(bytes=512, warps=1)):
         actual = step(fast_backend, form, case, inputs=inputs)
     assert_alike(actual, step(reference(fast_backend), form, case, inputs=inputs))
+
+
+def move(
+    backend: KernelBackend,
+    form: Format,
+    *,
+    adaptive: bool = False,
+    on_device: bool = False,
+    inputs: dict[str, Any] | None = None,
+    **options: Any,
+) -> Lists:
+    """The lists after `perturb` has moved the parameters along momenta.
+
+    Args:
+        adaptive: of the operation.
+        on_device: whether the step size is a float64 tensor on the device.
+        inputs: see `lists_of`.
+        options: of the operation.
+    """
+    lists = lists_of(form, 1, backend.device, **inputs or {})
+    alpha = 0.37 if adaptive else -0.37
+    kernels.perturb(
+        lists.params,
+        lists.states[0],
+        None,
+        on(backend.device, alpha) if on_device else alpha,
+        corrections=lists.corrections,
+        momentum_scales=lists.scales[0],
+        save=False,
+        adaptive=adaptive,
+        **options,
+        backend=backend.name,
+    )
+    lists.assert_margins_untouched()
+    return lists
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=name_of)
+def test_moves_along_momenta(fast_backend: KernelBackend, form: Format) -> None:
+    assert_alike(move(fast_backend, form), move(reference(fast_backend), form))
+
+
+@pytest.mark.parametrize("values", [extreme, not_finite])
+@some_formats
+def test_moves_of_values_of_every_kind(
+    fast_backend: KernelBackend, form: Format, values: Any
+) -> None:
+    inputs = {"places": FEW_PLACES, "values": values}
+    actual = move(fast_backend, form, inputs=inputs)
+    assert_alike(actual, move(reference(fast_backend), form, inputs=inputs))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@some_formats
+def test_options_of_moves(fast_backend: KernelBackend, form: Format, adaptive: bool) -> None:
+    device = fast_backend.device
+    given: dict[str, Any] = {
+        "adaptive": adaptive,
+        "inputs": {"places": FEW_PLACES},
+        "grad_scale": torch.tensor(SCALE, device=device),
+        "found_inf": torch.zeros((), device=device),
+    }
+    actual = move(fast_backend, form, on_device=True, **given)
+    assert_alike(actual, move(reference(fast_backend), form, **given))
+
+
+@some_formats
+def test_a_stopped_move_leaves_all(backend: KernelBackend, form: Format) -> None:
+    inputs = {"places": FEW_PLACES}
+    stopped = move(backend, form, inputs=inputs, found_inf=torch.ones((), device=backend.device))
+    assert_alike(stopped, lists_of(form, 1, backend.device, **inputs))
+
+
+@some_formats
+def test_moves_by_groups_of_memory(backend: KernelBackend, form: Format) -> None:
+    results = [
+        move(backend, form, inputs={"places": ((210, 0),)} | shaped)
+        for shaped in ({}, {"shaped": channels_last})
+    ]
+    assert_alike(*results)
+
+
+def test_a_move_there_and_back_restores_master_weights(backend: KernelBackend) -> None:
+    """Sums of whole numbers in 24 bits are exact; the parameters alone could not hold them."""
+    params = torch.arange(128.0, 256.0, device=backend.device).bfloat16()
+    corrections = torch.zeros_like(params, dtype=torch.int8)
+    codes = torch.full_like(params, 127, dtype=torch.int8)
+    scales = torch.full((2,), 1 / 64, device=backend.device)
+    given = {"corrections": [corrections], "momentum_scales": [scales], "save": False}
+    before = params.clone()
+    for alpha in (1.0, -1.0):
+        kernels.perturb([params], [codes], None, alpha, **given, backend=backend.name)
+        assert same_bits(params, before)
+        assert bool((corrections == 0).all()) == (alpha < 0)
+
+
+@pytest.mark.parametrize("values", [usual, extreme, not_finite])
+def test_norm_of_codes(backend: KernelBackend, values: Any) -> None:
+    device = backend.device
+    lists = lists_of((torch.float32, None, CODES), 1, device, values=values)
+    [codes], [scales] = lists.states, lists.scales
+    assert scales is not None
+    scale = torch.tensor(SCALE, device=device)
+    out = torch.empty((), dtype=torch.float64, device=device)
+    options = {"momentum_scales": scales, "grad_scale": scale, "backend": backend.name}
+    actual = kernels.norm(codes, out=out, **options)
+    numbers = [decode(c, s) for c, s in zip(codes, scales, strict=True)]
+    expected = torch.cat(numbers).double().norm() / scale.double()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0, equal_nan=True)
+    assert kernels.norm(codes, **options).dtype == torch.float32
+    if backend.name == "native" and device == "cpu":
+        of_numbers = kernels.norm(numbers, grad_scale=scale, out=torch.empty_like(out))
+        assert same_bits(actual, of_numbers) or bool(actual.isnan() & of_numbers.isnan())

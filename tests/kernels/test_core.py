@@ -200,19 +200,20 @@ def test_vectors_of_another_shape_are_refused(name: str) -> None:
 
 def test_a_wrong_call_names_the_arguments_and_shows_none() -> None:
     x, g = [torch.full((2,), 7.5)], [torch.ones(2)]
-    named = {"alpha": 0.5, "save": False, "adaptive": False, "grad_scale": None, "found_inf": None}
+    named = {"alpha": 0.5, "corrections": None, "momentum_scales": None, "save": False}
+    named |= {"adaptive": False, "grad_scale": None, "found_inf": None}
     wrong = (
         ((x, g), named, "not given backups"),
         ((x, g, None), {**named, "num_threads": 1, "rho": 1}, "given an argument of another name"),
         ((x, g, None), {**named, "num_threads": 1, "grads": g}, "given grads twice"),
-        ((x, g, None, *named.values(), 1, 1), {}, "given 10 arguments"),
+        ((x, g, None, *named.values(), 1, 1), {}, "given 12 arguments"),
     )
     for args, kwargs, reason in wrong:
         with pytest.raises(TypeError) as error:
             _core.perturb(*args, **kwargs)
         assert str(error.value) == (
-            "perturb(params, grads, backups, alpha, save, adaptive, grad_scale, found_inf, "
-            f"num_threads) was {reason}"
+            "perturb(params, grads, backups, alpha, corrections, momentum_scales, save, adaptive, "
+            f"grad_scale, found_inf, num_threads) was {reason}"
         )
     _core.perturb(x, backups=None, grads=g, num_threads=1, **named)
     assert x[0].tolist() == [8.0, 8.0]
@@ -231,7 +232,7 @@ def test_functions_have_a_signature_and_say_what_they_do() -> None:
 def test_saving_needs_backups_and_momentum_momenta() -> None:
     x, g = [torch.ones(2)], [torch.ones(2)]
     with pytest.raises(ValueError, match=r"^save=True needs backups: pass tensors like the param"):
-        _core.perturb(x, g, None, 0.1, True, False, None, None, 1)
+        _core.perturb(x, g, None, 0.1, None, None, True, False, None, None, 1)
     needing = (
         (0.9, 0.0, False),
         (0.0, 0.0, True),
@@ -254,7 +255,7 @@ def test_perturbing_without_saving(adaptive: bool, has_backups: bool) -> None:
     origin = b[0] if has_backups else x[0].clone()
     expected = origin + 0.5 * (origin * origin * g[0] if adaptive else g[0])
     backups = _core.TensorList(b) if has_backups else None
-    _core.perturb(x, g, backups, 0.5, False, adaptive, None, None, 1)
+    _core.perturb(x, g, backups, 0.5, None, None, False, adaptive, None, None, 1)
     assert torch.equal(x[0], expected)
     assert b[0].tolist() == [4.0, 5.0]
     assert backups is None or not backups.filled

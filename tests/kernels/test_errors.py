@@ -109,9 +109,9 @@ ANYWHERE: dict[str, tuple[Make, type[Exception], str]] = {
     "number": (lambda: 1.0, TypeError, "cannot be used: float is not a tensor"),
     "misaligned": (misaligned, ValueError, "is not aligned to its element size: clone it"),
     "dtype": (
-        lambda: torch.ones(SHAPE, dtype=torch.bfloat16),
+        lambda: torch.ones(SHAPE, dtype=torch.float16),
         LayoutError,
-        r"is bfloat16 and (params\[0\]|grads\[1\]) is not: group tensors by dtype, "
+        r"is float16 and (params\[0\]|grads\[1\]) is not: group tensors by dtype, "
         r"or convert it with \.to\(\)",
     ),
 }

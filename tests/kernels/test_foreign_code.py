@@ -98,7 +98,7 @@ def test_by_a_gradient(make: Callable[[Tensor, Free], object]) -> None:
     params, grads, backups = lists(3)
     grads[1] = make(grads[1], shrink(params[0]))  # type: ignore[call-overload]
     with pytest.raises(RuntimeError, match=CHANGED.format(r"params\[0\]")):
-        _core.perturb(params, grads, backups, 0.1, True, False, None, None, 1)
+        _core.perturb(params, grads, backups, 0.1, None, None, True, False, None, None, 1)
 
 
 def test_a_scalar_that_frees_itself() -> None:

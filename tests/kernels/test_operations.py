@@ -21,8 +21,10 @@ def test_every_operation_is_public() -> None:
 
 
 def test_the_table_of_the_docs_says_what_is_written() -> None:
-    row = "`params`, `backups` with `save` | `grads`, `grad_scale`, `found_inf` | `alpha`, `save`,"
-    assert f"\n| `perturb` | {row} `adaptive` |\n" in _op.table()
+    written = "`params`, `backups` with `save`, `corrections`"
+    read = "`grads`, `momentum_scales`, `grad_scale`, `found_inf`"
+    row = f"\n| `perturb` | {written} | {read} | `alpha`, `save`, `adaptive` |\n"
+    assert row in _op.table()
 
 
 def test_triton_has_a_module_for_each_operation() -> None:

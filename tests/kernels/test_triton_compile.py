@@ -351,7 +351,7 @@ def configurations(
     from eigenfilter.kernels.triton.sgd_step import sgd_step_kernel as sgd
 
     shared = constants(getattr(torch, dtype), Blocks(), getattr(torch, grad or dtype))
-    plain = {"CORRECTION": None, "SCALE": None}
+    plain = {"CORRECTION": None, "SCALE": None, "TURNS": False}
     plain |= dict.fromkeys(("STATE", "FIRST", "SECOND"), shared["DTYPE"])
     nesterov = {"MOMENTA": True, "NESTEROV": True, "AHEAD": False}
     ahead = {"MOMENTA": True, "NESTEROV": False, "AHEAD": True}
@@ -385,7 +385,11 @@ def configurations(
         kernels["adamw_step_masters"] = (adamw, straight | nearest | masters)
     if dtype in COMPRESSED:
         codes = {"STATE": tl.int8, "FIRST": tl.int8, "SECOND": tl.uint8, "SCALE": tl.float32}
+        codes["TURNS"] = True
         codes["CORRECTION"] = tl.int8 if dtype in NARROW else None
+        momenta = codes | {"GRAD": tl.int8}
+        kernels["perturb_codes"] = on_host(perturb_kernel, SAVE=False, ADAPTIVE=False, **momenta)
+        kernels["sum_squares_codes"] = (sum_squares_kernel, {"WEIGHTS": False} | momenta | unscaled)
         kernels["sgd_step_codes"] = on_host(sgd, **ahead, **nearest, **codes)
         kernels["adamw_step_codes"] = on_host(adamw, **straight, **nearest, **codes)
         kernels["adamw_step_ahead_codes"] = (adamw, {"AHEAD": True} | nearest | codes)

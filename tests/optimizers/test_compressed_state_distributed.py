@@ -26,6 +26,7 @@ STEPS = 4
 SMALLEST: dict[str, Any] = {"master_weight_bits": 24, "state_bits": 8}
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "heavy ball": lambda params, **kw: ef.SGD(params, lr=0.1, momentum=0.9, **kw),
+    "msam": lambda params, **kw: ef.MSAM(params, lr=0.1, momentum=0.9, rho=0.05, **kw),
     "usam": lambda params, **kw: ef.USAM(params, lr=0.1, momentum=0.9, rho=0.05, **kw),
     "adamw": lambda params, **kw: ef.AdamW(params, lr=0.02, **kw),
     "adamw usam": lambda params, **kw: ef.AdamW(params, lr=0.02, rho=0.05, **kw),

@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tensors": {"lr": torch.tensor(0.02, dtype=torch.float64), "betas": (torch.tensor(0.75), 0.9)},
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-"""Without float16, see test_extrapolation_errors.py."""
+"""Without float16, which takes `state_bits`: see test_extrapolation_errors.py."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -53,6 +53,20 @@ def test_against_the_formula(dtype: torch.dtype, name: str) -> None:
     assert distance(params, formula.x) <= TOLERANCES[dtype]
     opt.train()
     assert distance(params, formula.y(e)) <= TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("state_bits", [8, 16, 32])
+def test_second_moments_that_float16_does_not_hold(state_bits: int) -> None:
+    """Squared gradients of 1e-9: only u, which has size 1, shows at y."""
+    x = nn.Parameter(torch.ones(640, dtype=torch.float16))
+    formats = {"master_weight_bits": 32, "state_bits": state_bits}
+    opt = ef.AdamW([x], lr=0.0, eps=1e-12, weight_decay=0.0, extrapolation=E, **formats)
+    for _ in range(5):
+        x.grad = torch.full_like(x, 3e-5)
+        opt.step()
+    assert (opt.master_weights()[0] - (1 - E)).abs().max() < 0.05 * E
+    opt.eval()
+    assert (opt.master_weights()[0] - 1).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

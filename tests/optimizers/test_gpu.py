@@ -144,6 +144,7 @@ CAPTURED = {
     "usam": lambda params, backend: ef.USAM(params, **HEAVY, rho=RHO, backend=backend),
     "sam": lambda params, backend: ef.SAM(params, **HEAVY, rho=RHO, backend=backend),
     "two-step": lambda params, backend: ef.TwoStepUSAM(params, **HEAVY, rho=RHO, backend=backend),
+    "msam": lambda params, backend: ef.MSAM(params, **HEAVY, rho=RHO, backend=backend),
     "adamw": lambda params, backend: ef.AdamW(
         params, lr=torch.full((), 0.05, device="cuda"), rho=RHO, backend=backend
     ),

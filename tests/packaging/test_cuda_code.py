@@ -34,7 +34,8 @@ WIDE = {
     "squares_kernel": 1,
 }
 WIDE_DTYPES = ("FloatInDouble", *NARROW)
-# One instance for SGD with momenta, without, and for AdamW, by dtype of parameters.
+# One instance for SGD with momenta, without, for AdamW, and for moves along momenta, by dtype of
+# parameters.
 COMPRESSED = "compressed_kernel"
 DIVIDES = {"AdamWStep", "AheadAdamWStep"}  # the compiler's own code for a division fuses
 
@@ -164,9 +165,11 @@ def test_main_body_accesses_16_bytes(instructions, kernel):
 def test_steps_of_compressed_tensors_are_few_kernels(instructions):
     """A thread has 4 elements: of float32 in 16 bytes, of a narrow dtype in 8."""
     names = of(instructions, COMPRESSED)
-    form = rf"{COMPRESSED}INS\w*?_\d+(Native|BFloat16|Float16)(?:IfE)?ELi(\d)E"
+    form = rf"{COMPRESSED}INS\w*?_\d+(Native|BFloat16|Float16)(?:IfE)?ELb(\d)ELi(\d)E"
     counts = Counter(re.search(form, name).groups() for name in names)
-    assert counts == Counter(itertools.product(("Native", *NARROW), "012"))
+    kinds = (("0", "0"), ("0", "1"), ("0", "2"), ("1", "0"))
+    expected = itertools.product(("Native", *NARROW), kinds)
+    assert counts == Counter((storage, *kind) for storage, kind in expected)
     for name, operations in names.items():
         access = ".128" if "6NativeIfE" in name else ".64"
         for kind in "LDG", "STG":

@@ -67,7 +67,7 @@ def dithered(value: Tensor, like: Tensor, seed: Scalar | None, tensor: int, outp
         return value
     index = torch.arange(like.numel(), device=like.device).as_strided(like.shape, like.stride())
     key = _mix(_mix(real(seed, like).long(), tensor), output)
-    return _dither(value, like.dtype, _mix(index ^ key, key))
+    return dither(value, like.dtype, _mix(index ^ key, key))
 
 
 def _mix(word: Tensor, key: Tensor | int) -> Tensor:
@@ -77,8 +77,8 @@ def _mix(word: Tensor, key: Tensor | int) -> Tensor:
     return word ^ word >> 16
 
 
-def _dither(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """Round a float32 value at random to one of its two neighbors in `dtype`.
+def dither(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """Round a float32 value, as random bits say, to one of its two neighbors in `dtype`.
 
     The neighbor farther from zero has the probability (distance from the other one) / spacing.
     Values that `dtype` holds stay. Values beyond its largest number, infinities and NaN are left to

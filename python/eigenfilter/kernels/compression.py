@@ -22,8 +22,9 @@ The root spends the codes on small values. In a step of an optimizer m errs by a
 (254 sqrt(s |m|) + s) / 127^2 and sqrt(v) by at most (510 sqrt(s sqrt(v)) + s) / 255^2, but for
 float32's roundings, and s by nothing. v > 0 has q >= 1, so that no update is divided by 0. A moment
 often changes by less than a step of q: it is rounded up or down by a sequence over the steps that
-takes each fraction equally often, where rounding to nearest would leave it as it is. A group whose
-largest magnitude is not finite is NaN, and one below 2^-100 is 0.
+takes each fraction equally often, where rounding to nearest would leave it as it is; and so is a
+state of bfloat16 beside parameters of another dtype, or with corrections. A group whose largest
+magnitude is not finite is NaN, and one below 2^-100 is 0.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eigenfilter import _core
-from eigenfilter.kernels.arithmetic import X, dithered, square_root, write
+from eigenfilter.kernels.arithmetic import X, dither, dithered, square_root, write
 from eigenfilter.kernels.conventions import Scalar
 
 GROUP: int = _core.group_size
@@ -133,13 +134,9 @@ def encode(value: Tensor, codes: torch.dtype, step: int | None = None) -> tuple[
     factor = torch.where(scale > 0, torch.full_like(scale, most**2) / scale, 0.0)
     root = square_root(size * factor[:, None]).flatten()[: flat.numel()]
     root = torch.where(root < most, root, float(most))
-    if step is None:
-        q = root.round()
-    else:
-        index = torch.arange(flat.numel(), device=value.device)
-        word = (index + step) * _GOLDEN & 0xFFFFFFFF
-        q = (root + (word >> 16) * 2.0**-16).floor()
-    q = torch.where(flat > 0, q.clamp(min=1), q) if is_root else torch.where(flat < 0, -q, q)
+    whole = root.round() if step is None else (root + _words_of(flat, step) * 2.0**-16).floor()
+    signed = torch.where(flat < 0, -whole, whole)
+    q = torch.where(flat > 0, whole.clamp(min=1), whole) if is_root else signed
     return _like(q.to(codes), value), scale
 
 
@@ -188,6 +185,9 @@ class Lists:
     ) -> Tensor:
         """Write a state's result; return it as it is when it is read again, flag or not."""
         if scales is None:
+            if self._rounds_by_steps(state):
+                words = _like(_words_of(_in_memory(state), step), state)
+                value = dither(value, state.dtype, words)
             stored = self._dithered(value, state, output).to(state.dtype)
             write(state, stored, self.found_inf)
             return stored.to(value.dtype)
@@ -196,14 +196,26 @@ class Lists:
         write(scales, new_scales, self.found_inf)
         return decode(codes, new_scales)
 
+    def _rounds_by_steps(self, state: Tensor) -> bool:
+        is_compressed = self.correction is not None or state.dtype != self.param.dtype
+        return is_compressed and state.dtype == torch.bfloat16 and self._seed() is None
+
+    def _seed(self) -> Scalar | None:
+        return self.seed if self.param.itemsize == 2 else None
+
     def _dithered(self, value: Tensor, like: Tensor, output: int) -> Tensor:
-        seed = self.seed if self.param.itemsize == 2 else None
-        return dithered(value, like, seed, self.tensor, output)
+        return dithered(value, like, self._seed(), self.tensor, output)
 
 
 def item(tensors: Sequence[Tensor] | None, i: int) -> Tensor | None:
     """The i-th tensor of a list, or None if there is no list."""
     return None if tensors is None else tensors[i]
+
+
+def _words_of(flat: Tensor, step: int) -> Tensor:
+    """The words of a sequence of steps for each element, whole numbers of 16 bits."""
+    index = torch.arange(flat.numel(), device=flat.device)
+    return ((index + step) * _GOLDEN & 0xFFFFFFFF) >> 16
 
 
 def _in_memory(t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from eigenfilter.kernels import dispatch
 from eigenfilter.kernels._op import op
 from eigenfilter.kernels.arithmetic import inverse
+from eigenfilter.kernels.compression import item, read
 from eigenfilter.kernels.conventions import arithmetic_dtype, power_of_two
 
 
@@ -17,6 +18,7 @@ def norm(
     tensors: Sequence[Tensor],
     *,
     weights: Sequence[Tensor] | None = None,
+    momentum_scales: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -34,6 +36,8 @@ def norm(
         tensors: n tensors t, read, each in its own dtype.
         weights: n tensors w, read, or None for ones. A tensor may be wider than its
             weights, as a gradient may be wider than its parameter.
+        momentum_scales: n float32 tensors [ceil(numel / 64)], read, where t are momenta as codes
+            (int8): see `eigenfilter.kernels.compression`. None where they are numbers.
         grad_scale: loss scale that the tensors carry, or None for 1.
         out: 0-dim tensor of the result's dtype on the tensors' device, or None to allocate it. It
             may be float64 for any tensors, whose norm can exceed their dtype's range.
@@ -51,7 +55,14 @@ def norm(
         out = torch.empty((), dtype=wide, device=t.device)
     elif not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor, not {type(out).__name__}")
-    _norm(tensors, out, weights=weights, grad_scale=grad_scale, backend=backend)
+    _norm(
+        tensors,
+        out,
+        weights=weights,
+        momentum_scales=momentum_scales,
+        grad_scale=grad_scale,
+        backend=backend,
+    )
     return out
 
 
@@ -61,11 +72,14 @@ def _norm(
     out: Tensor,
     *,
     weights: Sequence[Tensor] | None = None,
+    momentum_scales: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """out <- S sqrt(sum of (w t)^2 over all elements of all tensors), summed in float64."""
-    values = [t.double() for t in tensors]
+    values = [
+        read(t, item(momentum_scales, i), torch.float64).double() for i, t in enumerate(tensors)
+    ]
     if weights is not None:
         values = [w.double() * v for w, v in zip(weights, values, strict=True)]
     root = _root_of_squares(values, out.device)

@@ -70,8 +70,9 @@ def sgd_step(
         dampening: share of the gradient that stays out of the buffers, in [0, 1].
         weight_decay: coefficient wd of the L2 penalty, at least 0.
         extrapolation: how far e along -m the parameters lie ahead of the iterate.
-        step: the number of this step, a whole number from 1. Momenta that are codes are rounded up
-            or down by it; it has to differ from step to step.
+        step: the number of this step, a whole number from 1. Momenta that are codes, or bfloat16
+            beside corrections or parameters of another dtype, are rounded up or down by it; it has
+            to differ from step to step.
         nesterov: whether to add the gradient to the new momentum once more.
         maximize: whether to maximize the objective.
         rounding_seed: a whole number from 0 to 2^24 - 1 rounds bfloat16 and float16 results

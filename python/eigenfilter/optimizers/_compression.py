@@ -66,6 +66,10 @@ class Formats:
             return torch.uint8 if key in self.roots else torch.int8
         return _STATES[self.state_bits]
 
+    def round_by_steps(self, key: str, p: Tensor) -> bool:
+        """Whether the number of a step rounds the buffer at a key, which has less than 32 bits."""
+        return not self.are_usual and self.dtype(key, p).itemsize < 4
+
     def fit(self, key: str, p: Tensor, entry: dict[str, Any]) -> Tensor:
         """The buffer at a key of a parameter's state: created as zeros, or converted if need be."""
         dtype, buffer = self.dtype(key, p), entry.get(key)

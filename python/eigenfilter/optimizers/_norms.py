@@ -15,31 +15,41 @@ from eigenfilter.optimizers.buckets import Gradients, ParamBucket, conform_if_ne
 
 
 def total_norms(
-    lists: Sequence[tuple[ParamBucket, Sequence[Tensor]]], *, weights: bool = False
+    lists: Sequence[tuple[ParamBucket, Sequence[Tensor]]],
+    *,
+    weights: bool = False,
+    key: str | None = None,
 ) -> dict[torch.device, Tensor]:
     """Euclidean norm over all tensors of all buckets, as a 0-dim float64 tensor on each device.
 
     Args:
         lists: buckets, each with tensors like its parameters.
         weights: whether the tensors are multiplied by the parameters first, elementwise.
+        key: of the state, if the tensors are the buffers there, which may be codes.
     """
     if any(bucket.is_flat for bucket, _ in lists):
         raise RuntimeError(FLAT_NORM)
     norms: dict[torch.device, list[Tensor]] = {bucket.device: [] for bucket, _ in lists}
     for bucket, tensors in lists:
+        scales = None if key is None else bucket.scales(key)
         for placement, indices in bucket.placements:
-            is_only = len(bucket.placements) == 1
+            some = None if len(bucket.placements) == 1 else indices
             # float64, because the norm of float32 gradients may overflow float32.
             norm = torch.empty((), dtype=torch.float64, device=bucket.device)
-            factors = bucket.tensors if is_only else [bucket.tensors[i] for i in indices]
             bucket.kernels.norm(
-                tensors if is_only else [tensors[i] for i in indices],
+                _at(some, tensors),
                 norm,
-                weights=factors if weights else None,
+                weights=_at(some, bucket.tensors) if weights else None,
+                momentum_scales=None if scales is None else _at(some, scales),
             )
             norms[bucket.device].append(_distributed.gather_from_shards(norm, placement))
     sums = {device: combined_norm(terms) for device, terms in norms.items()}
     return {device: combined_norm([s.to(device) for s in sums.values()]) for device in sums}
+
+
+def _at(indices: Sequence[int] | None, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors at some indices; None: all."""
+    return tensors if indices is None else [tensors[i] for i in indices]
 
 
 def combined_norm(norms: Sequence[Tensor]) -> Tensor:

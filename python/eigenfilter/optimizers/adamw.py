@@ -52,7 +52,7 @@ class AdamW(ExtrapolatedOptimizer):
         extrapolation: how far e along -u the gradient is taken; a number, by default 0. It lives in
             param_groups, and a change of it takes effect with the next gradient. u is that of the
             present betas and eps: to change these shifts x by e times the change of u. It is
-            refused for float16 parameters, whose second moments underflow.
+            refused for float16 parameters without `state_bits`: their second moments underflow.
         max_eigenvalue: the edge that is wanted, in place of `extrapolation`: each group gets the e
             that puts its edge, of the preconditioned Hessian, there at its present lr.
         adaptive: option of the method "sam", see `SAM`.
@@ -62,7 +62,7 @@ class AdamW(ExtrapolatedOptimizer):
 
     Raises:
         TypeError: a parameter is sparse, complex or of an unsupported dtype, or float16 with an
-            extrapolation; an option is unknown.
+            extrapolation and no `state_bits`; an option is unknown.
         ValueError: a hyperparameter is out of its range; the method is unknown.
 
     Example:
@@ -105,11 +105,12 @@ class AdamW(ExtrapolatedOptimizer):
 
     def _check_extrapolation(self, group: dict[str, Any]) -> None:
         super()._check_extrapolation(group)
-        if group[EXTRAPOLATION] != 0 and any(p.dtype == torch.float16 for p in group["params"]):
+        halves = any(p.dtype == torch.float16 for p in group["params"])
+        if group[EXTRAPOLATION] != 0 and halves and self.state_bits is None:
             raise TypeError(
                 "an extrapolation of AdamW with float16 parameters: squared gradients below 6e-8 "
                 "vanish in their second moment, and the update along which it goes is then far too "
-                "long. Use bfloat16 or float32 parameters, or extrapolation=0"
+                "long. Use bfloat16 or float32 parameters, state_bits=32, or extrapolation=0"
             )
 
     def _extrapolation_for(self, group: dict[str, Any], max_eigenvalue: float) -> float:

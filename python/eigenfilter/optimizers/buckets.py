@@ -14,13 +14,7 @@ from torch.autograd.graph import increment_version
 from eigenfilter import _core, _distributed, kernels
 from eigenfilter.kernels.compression import CODES
 from eigenfilter.optimizers._buffers import BufferStore, conform, kind_of, refuse_overlap
-from eigenfilter.optimizers._compression import (
-    CORRECTION,
-    Formats,
-    master_weight,
-    scale_key,
-    set_master_weight,
-)
+from eigenfilter.optimizers._compression import CORRECTION, Formats, scale_key
 from eigenfilter.optimizers._step_counts import CountGroup
 from eigenfilter.optimizers.amp import AmpState
 from eigenfilter.optimizers.hyperparameters import check_scalars, is_zero, rho_key
@@ -29,6 +23,21 @@ if TYPE_CHECKING:
     from eigenfilter.optimizers.updates import Update
 
 _Key = TypeVar("_Key", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """Parameters, and what each is moved along.
+
+    Attributes:
+        params: the parameters.
+        tensors: for each the update, or the codes that stand for it.
+        scales: those of the codes, or None.
+    """
+
+    params: Sequence[Tensor]
+    tensors: Sequence[Tensor]
+    scales: Sequence[Tensor] | None = None
 
 
 class ParamBucket:
@@ -148,20 +157,34 @@ class ParamBucket:
         buffers = self.buffers(key)
         return buffers if self.store.formats.dtype(key, self.params[0]) == self.kind[1] else None
 
-    def move(self, params: Sequence[Tensor], along: Sequence[Tensor], alpha: float) -> None:
-        """Move some parameters by alpha along tensors; their master weights, where there are any.
+    def move(
+        self,
+        along: Directions,
+        alpha: float | Tensor,
+        *,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Move parameters by alpha along tensors; their master weights, where there are any.
 
         Without masters the sum is rounded to the parameters' dtype.
         """
-        if not self.has_masters:
-            self.kernels.perturb(params, along, None, alpha, save=False)
-            return
-        self.corrections()
-        for p, u in zip(params, along, strict=True):
-            entry = self.store.state[p]
-            whole = master_weight(p, entry)
-            _distributed.local(whole).add_(u, alpha=alpha)
-            set_master_weight(p, entry, whole)
+        corrections: Sequence[Tensor] | None = self.corrections()
+        if corrections is not None and along.params is not self.tensors:
+            corrections = [self.store.state[p][CORRECTION] for p in along.params]
+        self.kernels.perturb(
+            along.params,
+            along.tensors,
+            None,
+            alpha,
+            corrections=corrections,
+            momentum_scales=along.scales,
+            save=False,
+            found_inf=found_inf,
+        )
+
+    def along(self, key: str) -> Directions:
+        """The buffers at `key` as directions of all parameters."""
+        return Directions(self.tensors, self.buffers(key), self.scales(key))
 
     def lacks_corrections(self) -> bool:
         """Whether the first call of `corrections` has some to create."""

@@ -146,7 +146,7 @@ def complete_options(options: Mapping[str, Any], owner: str) -> dict[str, Any]:
         if name not in _KNOWN:
             raise TypeError(f"{owner} got an unexpected keyword argument {name!r}")
         if name in _BITS:
-            if isinstance(value, bool) or value not in _BITS[name]:
+            if isinstance(value, (bool, Tensor)) or value not in _BITS[name]:
                 choices = ", ".join(map(str, _BITS[name]))
                 raise ValueError(f"{name} must be one of {choices}, and is {value!r}")
             continue

@@ -21,14 +21,15 @@ from eigenfilter.optimizers.registry import register
 from eigenfilter.optimizers.updates import EXTRAPOLATED_RHO, MOMENTUM, SGDUpdate
 
 NORM = "momentum_norm"  # in a group: the |m| by which its rho is divided
+MOST_AHEAD = 1000  # times lr: then a step's update errs by as many roundings of itself
 
 
 class MSAMUpdate(SGDUpdate):
-    """Heavy ball whose gradient is taken at y = x - rho m / |m|.
+    """Heavy ball whose gradient is taken at y = x - e m with e = rho / |m|.
 
     The parameters of a group hold y, with the rho that the group has as `extrapolated_rho` and the
-    |m| that it has as `momentum_norm`. A step brings them to x, and with the norm of the new m they
-    go on to the next y.
+    |m| that it has as `momentum_norm`. The kernel of a step goes on by that e to x - e m with the
+    new x and m, and with the norm of the new m they are moved along it to the next y.
     """
 
     extrapolated_key = EXTRAPOLATED_RHO
@@ -39,52 +40,52 @@ class MSAMUpdate(SGDUpdate):
 
     def _start(self, amp: AmpState | None) -> None:
         self._amp = amp
-        self._updated: list[ParamBucket] = []  # in this step
-        self._at_x: set[int] = set()  # ids of the parameters that are at x
-        self._moved: list[tuple[ParamBucket, float | Tensor]] = []  # with what takes them back
+        # Parameters that this step or move has reached, with the e that they have now.
+        self._reached: list[tuple[ParamBucket, float | Tensor]] = []
 
     def begin(self) -> None:
         self._start(None)
 
     def writes_first(self, bucket_slice: BucketSlice) -> bool:
-        return True  # `step` goes to x
+        return True  # `factors` may go to x
 
-    def momentum(self, bucket: ParamBucket) -> float | Tensor:
-        """With this factor of m a decay that the kernel takes at x acts at y = x - e m.
+    def factors(self, bucket_slice: BucketSlice) -> tuple[float | Tensor, float | Tensor]:
+        """The factor of m and the e of the kernel, which is 0 where the step has to start from x.
 
-        Because wd y = wd x - wd e m, it is momentum - (1 - dampening) wd e. A buffer that is new is
-        0, so that its factor does not matter.
+        Between kernel and norm the parameters are e times the new m ahead of x. Where e is so much
+        larger than lr that they would lose digits of the update, they go back to x first. A decay
+        that the kernel takes there acts at y by the factor of m, because wd y = wd x - wd e m.
         """
-        e, group = _present(bucket), bucket.group
-        if is_zero(e) or is_zero(group["weight_decay"]):
-            return super().momentum(bucket)
-        names = ("momentum", "dampening", "weight_decay")
-        momentum, dampening, decay = (_in_float64(group[name]) for name in names)
-        return momentum - (1 - dampening) * decay * e
-
-    def step(self, bucket_slice: BucketSlice) -> None:
         bucket, self._amp = bucket_slice.bucket, bucket_slice.amp
-        if bucket_slice.state_signature:
-            self._perturb(bucket, _present(bucket))
-        self._updated.append(bucket)
-        self._at_x.update(map(id, bucket.params))
-        super().step(bucket_slice)
+        group, e = bucket.group, _present(bucket)
+        momentum: float | Tensor = group["momentum"]
+        if isinstance(e, Tensor):
+            is_far = e > MOST_AHEAD * _in_float64(group["lr"])
+            back = e * is_far  # not torch.where, which copies a number to the device
+            e = e - back
+            self._move(bucket, back, ~is_far)
+            if not is_zero(group["weight_decay"]):
+                momentum, keep = _in_float64(momentum), 1 - _in_float64(group["dampening"])
+                momentum = momentum - keep * _in_float64(group["weight_decay"]) * back
+        self._reached.append((bucket, e))
+        return momentum, e
 
     def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
-        """Go on from x to the next y, unless the step is skipped."""
+        """Go on to the next y, unless the step is skipped."""
+        super().end(buckets, amp)
         self._amp = amp
         changed = any(g["rho"] != g[EXTRAPOLATED_RHO] for g in buckets.groups)
         if not changed or not any(map(amp.is_skipped, buckets.devices)):
-            self._move(buckets, [(g, g["rho"]) for g in buckets.groups])
+            self._go_to(buckets, [(g, g["rho"]) for g in buckets.groups])
 
     def cancel(self) -> None:
         """Bring all parameters to the y by the rho and the norm of the step before."""
-        while self._moved:
-            self._perturb(*self._moved.pop())
-        for bucket in self._updated:
-            rest = [i for i, p in enumerate(bucket.params) if id(p) in self._at_x]
+        done: set[int] = set()
+        for bucket, e in reversed(self._reached):
+            rest = [i for i, p in enumerate(bucket.params) if id(p) not in done]
             if rest:
-                self._perturb(bucket.subset(rest), -_present(bucket))
+                self._move(bucket.subset(rest), e - _present(bucket))
+                done.update(map(id, bucket.params))
         self._start(None)
 
     def extrapolate(
@@ -94,44 +95,37 @@ class MSAMUpdate(SGDUpdate):
         self._start(None)
         for bucket, has_momentum in buckets.by_state():  # errors come before the first write
             if has_momentum:
-                lists = bucket.tensors, bucket.buffers(MOMENTUM)
+                lists = bucket.tensors, bucket.like_params(MOMENTUM)
                 _core.check(("params", MOMENTUM), lists, (True, False))
         try:
-            self._move(buckets, wanted)
+            self._go_to(buckets, wanted)
         except BaseException:
             self.cancel()
             raise
         buckets.store.has_written = True
 
-    def _move(self, buckets: ParamBuckets, wanted: Sequence[tuple[dict[str, Any], float]]) -> None:
-        """Bring all parameters from the present y, or from x, to the y that is wanted."""
+    def _go_to(self, buckets: ParamBuckets, wanted: Sequence[tuple[dict[str, Any], float]]) -> None:
+        """Bring all parameters from where they are to the y that is wanted."""
         rho_of = {id(group): rho for group, rho in wanted}
         parts = [bucket for bucket, has_momentum in buckets.by_state() if has_momentum]
         ahead = [bucket for bucket in parts if rho_of[id(bucket.group)] != 0]
-        norms = total_norms([(bucket, bucket.buffers(MOMENTUM)) for bucket in ahead])
+        norms = total_norms([(b, b.buffers(MOMENTUM)) for b in ahead], key=MOMENTUM)
         norm = next(iter(norms.values()), None)
+        reached = {id(p): e for bucket, e in self._reached for p in bucket.params}
         for bucket in parts:
-            before = _present(bucket)
-            after = _factor(bucket, rho_of[id(bucket.group)], norm)
-            for is_at_x, part in self._split(bucket):
-                self._perturb(part, -after if is_at_x else before - after)
-                self._moved.append((part, after - before))
-                self._at_x.difference_update(map(id, part.params))
-                if not is_at_x:
+            present, after = _present(bucket), _factor(bucket, rho_of[id(bucket.group)], norm)
+            before = [reached.get(id(p), present) for p in bucket.params]
+            by_e = {id(e): e for e in before}
+            for key, (part, _) in bucket.split(bucket.params, list(map(id, before))).items():
+                self._move(part, by_e[key] - after)
+                self._reached.append((part, after))
+                if by_e[key] is present:  # the others were marked by their step
                     buckets.mark_written([part])
         for group, rho in wanted:
             group[EXTRAPOLATED_RHO] = rho
             if norm is not None:
                 self._keep_norm(group, norm)
         self._start(None)
-
-    def _split(self, bucket: ParamBucket) -> list[tuple[bool, ParamBucket]]:
-        """The parameters of a bucket that are at x, and the others."""
-        is_at_x = [id(p) in self._at_x for p in bucket.params]
-        if len(set(is_at_x)) == 1:
-            return [(is_at_x[0], bucket)]
-        parts = bucket.split(bucket.params, is_at_x).items()
-        return [(key, part) for key, (part, _) in parts]
 
     def _keep_norm(self, group: dict[str, Any], norm: Tensor) -> None:
         """Write the norm where a CUDA graph has read it; a skipped step leaves it as it was."""
@@ -142,13 +136,16 @@ class MSAMUpdate(SGDUpdate):
         flag = None if self._amp is None else self._amp.flag(norm.device)
         kept.copy_(norm if flag is None else torch.where(flag.reshape(()) != 0, kept, norm))
 
-    def _perturb(self, bucket: ParamBucket, alpha: float | Tensor) -> None:
-        if not is_zero(alpha):
-            momenta = bucket.buffers(MOMENTUM)
-            found_inf = None if self._amp is None else self._amp.flag(bucket.device)
-            bucket.kernels.perturb(
-                bucket.tensors, momenta, None, alpha, save=False, found_inf=found_inf
-            )
+    def _move(
+        self, bucket: ParamBucket, alpha: float | Tensor, stays: Tensor | None = None
+    ) -> None:
+        """Move by alpha m, unless the step is skipped or the flag `stays` is set."""
+        if is_zero(alpha):
+            return
+        stop = None if self._amp is None else self._amp.flag(bucket.device)
+        if stays is not None:
+            stop = stays.float() if stop is None else stop.reshape(()).maximum(stays)
+        bucket.move(bucket.along(MOMENTUM), alpha, found_inf=stop)
 
 
 def _present(bucket: ParamBucket) -> float | Tensor:
@@ -178,8 +175,9 @@ class MSAM(ExtrapolatedOptimizer):
         x <- x - lr m
 
     Between steps the parameters hold y, so that no closure and no further memory is needed; a step
-    costs one gradient, heavy ball's accesses, a norm, and two perturbations. Nothing waits for the
-    device. Evaluate and save x: call `eval()` before, and `train()` to go on.
+    costs one gradient, heavy ball's accesses, a norm, and a perturbation. Nothing waits for the
+    device. Evaluate and save x: call `eval()` before, and `train()` to go on. Parameters of 16 bits
+    are rounded twice in a step: set `master_weight_bits`, so that small updates count.
 
     It is `SGD(extrapolation=e)` with e = rho / |m|: as |m| falls, e and with it the pull to flat
     regions grow, as SAM's does with the gradient. The filter at a given |m| is
@@ -198,9 +196,7 @@ class MSAM(ExtrapolatedOptimizer):
         options: the keyword arguments of `Options`.
 
     Raises:
-        TypeError: a parameter is sparse, complex, or of another dtype than float32 and float64:
-            16 bits would round each way between x and y, which took 0.43 of the way of x in 1,000
-            steps in bfloat16, where `SGD(extrapolation=...)` lost 0.27; rho is no number.
+        TypeError: a parameter is sparse or complex; rho is no number.
         ValueError: a hyperparameter is out of its range, or `release_gradients` is set.
         RuntimeError: the parameters are flat shards of FSDP1, or those of one rank of a
             ZeroRedundancyOptimizer, over which no norm is taken.
@@ -241,23 +237,7 @@ class MSAM(ExtrapolatedOptimizer):
                 "next y by the norm of all momentum buffers: leave it False, or use "
                 "SGD(extrapolation=...)"
             )
-        for name in ("master_weight_bits", "state_bits"):
-            if options.get(name) is not None:
-                raise ValueError(
-                    f"{name} compresses what a step reads once, and MSAM reads its momentum three "
-                    "times: leave it None, or use SGD(extrapolation=...)"
-                )
         super().__init__(params, group, Perturbation(), MSAMUpdate(), options)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        narrow = [p.dtype for p in group["params"] if p.dtype.itemsize < 4]
-        if narrow:
-            raise TypeError(
-                f"MSAM goes to x and ahead again in every step, and {narrow[0]} would round both "
-                "ways: keep float32 parameters, under autocast, or use SGD(extrapolation=...), "
-                "which rounds once"
-            )
 
     def _check_extrapolation(self, group: dict[str, Any]) -> None:
         EigenfilterOptimizer._check_extrapolation(self, group)

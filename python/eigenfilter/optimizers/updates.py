@@ -14,7 +14,7 @@ from eigenfilter import _core, _distributed
 from eigenfilter.kernels.conventions import arithmetic_dtype
 from eigenfilter.optimizers._step_counts import StepCounts
 from eigenfilter.optimizers.amp import AmpState
-from eigenfilter.optimizers.buckets import BucketSlice, ParamBucket, ParamBuckets
+from eigenfilter.optimizers.buckets import BucketSlice, Directions, ParamBucket, ParamBuckets
 
 MOMENTUM = "momentum_buffer"
 EXTRAPOLATION = "extrapolation"  # that a group should have
@@ -23,7 +23,7 @@ EXTRAPOLATED_RHO = "extrapolated_rho"  # the radius of MSAM that its parameters 
 EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
 
 SEED = "rounding_seed"  # in a group that rounds stochastically; counts its kernel calls
-TURN = "rounding_step"  # in a group of SGD whose momenta are codes; counts its steps
+TURN = "rounding_step"  # in a group of SGD whose momenta have fewer bits; counts its steps
 SEEDS = 2**24
 SPREAD = 0x9E3779B1  # odd: the seeds of groups and shards start far from each other
 
@@ -45,7 +45,7 @@ def rounding_seed(bucket: ParamBucket) -> Tensor | None:
 
 
 def rounding_step(bucket: ParamBucket) -> Tensor:
-    """The number of the step, from 1 and counted on the device, by which codes are rounded."""
+    """The number of the step, from 1 and counted on the device, by which momenta are rounded."""
     turn: Tensor | None = bucket.group.get(TURN)
     turn = torch.ones((), dtype=torch.float32) if turn is None else turn
     bucket.group[TURN] = turn.to(bucket.device)
@@ -130,9 +130,6 @@ class Update:
         raise NotImplementedError
 
 
-Directions: TypeAlias = tuple[Sequence[Tensor], Sequence[Tensor]]
-"""Parameters, and for each the update u along which it is extrapolated."""
-
 Scratch: TypeAlias = dict[torch.device, Tensor]
 """Memory on each device, that `ExtrapolatedUpdate.directions` may write to."""
 
@@ -187,13 +184,13 @@ class ExtrapolatedUpdate(Update):
 
         done = 0
         try:
-            for bucket, alpha, (params, along) in directions():
-                bucket.move(params, along, alpha)
+            for bucket, alpha, along in directions():
+                bucket.move(along, alpha)
                 done += 1
                 buckets.store.has_written = True
         except BaseException:
-            for bucket, alpha, (params, along) in islice(directions(), done):
-                bucket.move(params, along, -alpha)
+            for bucket, alpha, along in islice(directions(), done):
+                bucket.move(along, -alpha)
             raise
         finally:
             buckets.mark_written(changed)
@@ -221,11 +218,7 @@ class SGDUpdate(ExtrapolatedUpdate):
         return (not bucket_slice.state_signature and has_momentum) or bucket.lacks_corrections()
 
     def directions(self, bucket: ParamBucket, scratch: Scratch) -> Iterator[Directions]:
-        if bucket.store.formats.are_usual:
-            yield bucket.tensors, bucket.buffers(MOMENTUM)
-            return
-        for p in bucket.params:
-            yield [p], [bucket.store.number(MOMENTUM, p)]
+        yield bucket.along(MOMENTUM)
 
     def end(self, buckets: ParamBuckets, amp: AmpState) -> None:
         super().end(buckets, amp)
@@ -233,19 +226,22 @@ class SGDUpdate(ExtrapolatedUpdate):
             if TURN in group:
                 group[TURN].remainder_(SEEDS).add_(1)
 
-    def momentum(self, bucket: ParamBucket) -> float | Tensor:
-        """The factor of the buffers that the kernel is called with."""
-        momentum: float | Tensor = bucket.group["momentum"]
-        return momentum
+    def factors(self, bucket_slice: BucketSlice) -> tuple[float | Tensor, float | Tensor]:
+        """The momentum and the extrapolation that the kernel is called with, before it is."""
+        group = bucket_slice.bucket.group
+        return group["momentum"], group.get(EXTRAPOLATED, 0.0)
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group
-        momenta, scales, dampening, extrapolation, undo = None, None, 0.0, 0.0, False
+        momenta, scales, dampening, undo = None, None, 0.0, False
         turn: float | Tensor = 1.0
+        momentum: float | Tensor = 0.0
+        extrapolation: float | Tensor = 0.0
         if group["momentum"] != 0:
             momenta, scales = bucket.buffers(MOMENTUM), bucket.scales(MOMENTUM)
-            turn = 1.0 if scales is None else rounding_step(bucket)
-            extrapolation = group.get(EXTRAPOLATED, 0.0)
+            if bucket.store.formats.round_by_steps(MOMENTUM, bucket.params[0]):
+                turn = rounding_step(bucket)
+            momentum, extrapolation = self.factors(bucket_slice)
             if bucket_slice.state_signature:
                 dampening = group["dampening"]
             elif group["dampening"] != 0:  # the first step is undamped, unless it is skipped
@@ -257,7 +253,7 @@ class SGDUpdate(ExtrapolatedUpdate):
             bucket.corrections(),
             scales,
             lr=group["lr"],
-            momentum=self.momentum(bucket),
+            momentum=momentum,
             dampening=dampening,
             weight_decay=group["weight_decay"],
             extrapolation=extrapolation,
@@ -347,7 +343,7 @@ class AdamWUpdate(ExtrapolatedUpdate):
             shape = p.shape, p.stride()
             u, denominator = (row.as_strided(*shape, offset) for row, offset in memory)
             denominator.copy_(v).sqrt_().mul_(root).add_(eps)
-            yield [param], [u.copy_(m).mul_(size).div_(denominator)]
+            yield Directions([param], [u.copy_(m).mul_(size).div_(denominator)])
 
     def step(self, bucket_slice: BucketSlice) -> None:
         bucket, group = bucket_slice.bucket, bucket_slice.bucket.group

@@ -33,7 +33,7 @@ from eigenfilter.kernels.triton.device import (
     real,
     square_root,
 )
-from eigenfilter.kernels.triton.launch import dtype_of, is_stochastic, launch
+from eigenfilter.kernels.triton.launch import dtype_of, is_stochastic, launch, rounds_by_steps
 from eigenfilter.kernels.triton.rounding import M, V, noise_of
 
 
@@ -110,6 +110,7 @@ def adamw_step_kernel(
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     SCALE: tl.constexpr,
+    TURNS: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD: tl.constexpr,
     REAL: tl.constexpr,
@@ -160,7 +161,7 @@ def adamw_step_kernel(
         (
             is_set(found_inf),
             noise_of(seed, tensor, first) if STOCHASTIC else None,
-            None if SCALE is None else turn_of(t, first),
+            turn_of(t, first) if TURNS else None,
         ),
         _ahead(alpha, e, b1, b2, t, REAL) if AHEAD else None,
         None if extrapolation_at is None else e != 0,
@@ -182,4 +183,5 @@ def run(table: Table, call: SimpleNamespace) -> None:
         FIRST=dtype_of(call.exp_avgs),
         SECOND=dtype_of(call.exp_avg_sqs),
         SCALE=dtype_of(call.exp_avg_scales),
+        TURNS=rounds_by_steps(call.exp_avgs, call),
     )

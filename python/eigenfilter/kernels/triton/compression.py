@@ -4,7 +4,8 @@ A block has whole groups of a state: their elements are a row of [BLOCK / GROUP,
 absent, corrections or scales, has None for an address, and its branch is not compiled.
 
 `how` to write results is whether the step is stopped, the noise of their rounding (see `rounding`),
-and where the sequence that rounds codes stands at the chunk's first element.
+and where the sequence that rounds codes and bfloat16 states stands at the chunk's first element, or
+None.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from eigenfilter.kernels.triton.device import GROUP, divide, load, square_root, store, unless
-from eigenfilter.kernels.triton.rounding import X, rounded
+from eigenfilter.kernels.triton.rounding import X, dither, rounded
 
 _GOLDEN = tl.constexpr(0x9E3779B9)
 
@@ -79,6 +80,8 @@ def write_state(
     """Write a block of a state, or the old one; return it as it is when it is read again."""
     stop, noise, turn = how
     if scales_at is None:
+        if turn is not None and noise is None:
+            value = dither(value, _words(turn, start, BLOCK), False)
         stored = rounded(value, noise, OUTPUT, old, start, BLOCK).to(old.dtype)
         value = stored
     else:
@@ -101,6 +104,12 @@ def _groups(at, start, length, BLOCK: tl.constexpr):
 def turn_of(step, first):
     """Where the sequence of a step stands at element `first`."""
     return first.to(tl.uint32) + step.to(tl.int64).to(tl.uint32)
+
+
+@triton.jit
+def _words(turn, start, BLOCK: tl.constexpr):
+    """The words of the sequence for a block's elements, whole numbers of 16 bits."""
+    return ((turn + (start + tl.arange(0, BLOCK)).to(tl.uint32)) * _GOLDEN) >> 16
 
 
 @triton.jit
@@ -193,8 +202,7 @@ def _encode(value, codes, turn, start, length, BLOCK: tl.constexpr, WIDE: tl.con
     factor = tl.where(scale > 0, divide(whole, scale), 0.0)
     root = square_root(size * _spread(factor, BLOCK))
     root = tl.where(root < MOST, root, MOST)
-    word = (turn + lanes.to(tl.uint32)) * _GOLDEN
-    q = (root + (word >> 16).to(tl.int32).to(tl.float32) * 2.0**-16).to(tl.int32)
+    q = (root + _words(turn, start, BLOCK).to(tl.int32).to(tl.float32) * 2.0**-16).to(tl.int32)
     if codes.dtype == tl.int8:
         q = tl.where(value < 0, -q, q)
     else:

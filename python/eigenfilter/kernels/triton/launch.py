@@ -152,6 +152,15 @@ def dtype_of(tensors: Sequence[Tensor] | None) -> Any:
     return None if tensors is None else _TYPES[tensors[0].dtype]
 
 
+def rounds_by_steps(states: Sequence[Tensor] | None, call: SimpleNamespace) -> bool:
+    """Whether the number of the step rounds states: codes, or bfloat16 of compressed tensors."""
+    if states is None:
+        return False
+    dtype = states[0].dtype
+    is_compressed = call.corrections is not None or dtype != call.params[0].dtype
+    return is_compressed and dtype in (torch.int8, torch.bfloat16)
+
+
 def is_stochastic(call: SimpleNamespace) -> bool:
     """Whether results are rounded stochastically: with a seed, in a 16-bit dtype."""
     return call.rounding_seed is not None and call.params[0].dtype.itemsize == 2

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 from eigenfilter.kernels.conventions import Table
+from eigenfilter.kernels.triton.compression import decoded, read_scales
 from eigenfilter.kernels.triton.device import (
+    GROUP,
     OPTIONS,
     address,
     chunk,
@@ -19,7 +21,7 @@ from eigenfilter.kernels.triton.device import (
     load,
     square_root,
 )
-from eigenfilter.kernels.triton.launch import launch_chunks, on_device, scale_of
+from eigenfilter.kernels.triton.launch import dtype_of, launch_chunks, on_device, scale_of
 from eigenfilter.kernels.triton.tables import tables
 
 # One program adds the sums of all others, so it gets many warps.
@@ -47,47 +49,51 @@ def _exponent_of(value):
 
 
 @triton.jit
-def _values(t_at, w_at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Elements of t in float64, or of w t if there are weights."""
-    t = load(t_at, start, length, BLOCK, WIDE).to(tl.float64)
+def _values(at, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Elements of t in float64; of w t if there are weights; what t stands for if it is codes."""
+    t_at, w_at, scales_at = at
+    t = load(t_at, start, length, BLOCK, WIDE)
+    t = decoded(t, read_scales(scales_at, start, length, BLOCK), BLOCK).to(tl.float64)
     if w_at is not None:
         t = load(w_at, start, length, BLOCK, WIDE).to(tl.float64) * t
+    if scales_at is not None:  # what is not there would be 0 times a scale, which may be NaN
+        t = tl.where(start + tl.arange(0, BLOCK) < length, t, 0.0)
     return t
 
 
 @triton.jit
-def _sum_squares(t_at, w_at, scale, length, wide, BLOCK: tl.constexpr):
+def _sum_squares(at, scale, length, wide, BLOCK: tl.constexpr):
     """Sum of (scale w t)^2 over a chunk; without a scale it is 1."""
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, wide, BLOCK):
-        t = _values(t_at, w_at, start, length, BLOCK, True)
+        t = _values(at, start, length, BLOCK, True)
         t = t if scale is None else t * scale
         total += t * t
     for start in range(wide, length, BLOCK):
-        t = _values(t_at, w_at, start, length, BLOCK, False)
+        t = _values(at, start, length, BLOCK, False)
         t = t if scale is None else t * scale
         total += t * t
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _largest(t_at, w_at, length, BLOCK: tl.constexpr):
+def _largest(at, length, BLOCK: tl.constexpr):
     """Largest |w t| of a chunk."""
     largest = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, length, BLOCK):
-        largest = tl.maximum(largest, tl.abs(_values(t_at, w_at, start, length, BLOCK, False)))
+        largest = tl.maximum(largest, tl.abs(_values(at, start, length, BLOCK, False)))
     return tl.max(largest, axis=0)
 
 
 @triton.jit
-def _in_range(total, exponent, t_at, w_at, length, BLOCK: tl.constexpr):
+def _in_range(total, exponent, at, length, BLOCK: tl.constexpr):
     """The sum of a chunk and its exponent, taken once more if its squares overflow or vanish."""
     if (total < LEAST_SUM) | (total > GREATEST_SUM):
-        largest = _largest(t_at, w_at, length, BLOCK)
+        largest = _largest(at, length, BLOCK)
         if (largest > 0) & (largest < float("inf")):
             exponent = _exponent_of(largest)
             scale = _power_of_two(-exponent)
-            total = _sum_squares(t_at, w_at, scale, length, 0, BLOCK)
+            total = _sum_squares(at, scale, length, 0, BLOCK)
     return total, exponent
 
 
@@ -99,6 +105,7 @@ def sum_squares_kernel(
     sums,
     exponents,
     WEIGHTS: tl.constexpr,
+    SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD: tl.constexpr,
     REAL: tl.constexpr,
@@ -111,11 +118,15 @@ def sum_squares_kernel(
     """
     tensor, first, length, wide = chunk(chunks)
     t_at = address(pointers, tensor + n if WEIGHTS else tensor, first, GRAD)
-    w_at = address(pointers, tensor, first, DTYPE) if WEIGHTS else None
-    total = _sum_squares(t_at, w_at, None, length, wide, BLOCK)
+    at = (
+        t_at,
+        address(pointers, tensor, first, DTYPE) if WEIGHTS else None,
+        None if SCALE is None else address(pointers, tensor + n, first // GROUP, SCALE),
+    )
+    total = _sum_squares(at, None, length, wide, BLOCK)
     exponent = tl.full((), 0, tl.int32)
     if tl.float64 == GRAD:
-        total, exponent = _in_range(total, exponent, t_at, w_at, length, BLOCK)
+        total, exponent = _in_range(total, exponent, at, length, BLOCK)
     tl.store(sums + tl.program_id(0), total)
     if exponents is not None:
         tl.store(exponents + tl.program_id(0), exponent)
@@ -161,8 +172,11 @@ def run(table: Table, call: SimpleNamespace) -> None:
         done = 0
         for grad, chunks in work.chunks.items():
             at = (sums[done:], None if exponents is None else exponents[done:])
-            weighted = {"WEIGHTS": call.weights is not None}
-            launch_chunks(sum_squares_kernel, like.dtype, work, grad, at, weighted)
+            variant = {
+                "WEIGHTS": call.weights is not None,
+                "SCALE": dtype_of(call.momentum_scales),
+            }
+            launch_chunks(sum_squares_kernel, like.dtype, work, grad, at, variant)
             done += chunks.shape[1]
         norm_kernel[(1,)](
             sums, exponents, work.programs, call.out, scale, BLOCK=NORM_BLOCK, **NORM_OPTIONS

@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 
 from eigenfilter.kernels.conventions import Table
+from eigenfilter.kernels.triton.compression import (
+    decoded,
+    joined,
+    read_corrections,
+    read_scales,
+    write_params,
+)
 from eigenfilter.kernels.triton.device import (
+    GROUP,
     address,
     chunk,
     for_each_block,
@@ -19,25 +27,24 @@ from eigenfilter.kernels.triton.device import (
     load,
     real,
     store,
-    unless,
 )
-from eigenfilter.kernels.triton.launch import launch
+from eigenfilter.kernels.triton.launch import dtype_of, launch
 
 
 @triton.jit
 def _perturb_block(at, rule, start, length, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    x_at, g_at, b_at = at
-    step, stop, SAVE, ADAPTIVE = rule
+    x_at, g_at, b_at, c_at, scales_at = at
+    step, how, SAVE, ADAPTIVE = rule
     p = load(x_at if SAVE else b_at, start, length, BLOCK, WIDE)
-    g = load(g_at, start, length, BLOCK, WIDE).to(step.dtype)
-    x = p.to(step.dtype)
+    c = read_corrections(c_at, start, length, BLOCK, WIDE)
+    x = joined(p, c).to(step.dtype)
+    scales = read_scales(scales_at, start, length, BLOCK)
+    g = decoded(load(g_at, start, length, BLOCK, WIDE), scales, BLOCK).to(step.dtype)
     if ADAPTIVE:
         g = x * x * g
-    after = (x + step * g).to(p.dtype)
     if SAVE:
         store(b_at, p, start, length, BLOCK, WIDE)
-        after = unless(stop, p, after)
-    store(x_at, after, start, length, BLOCK, WIDE)
+    write_params(x_at, c_at, p, c, x + step * g, how, start, length, BLOCK, WIDE)
 
 
 @triton.jit(do_not_specialize=["n", "origin"])
@@ -52,27 +59,50 @@ def perturb_kernel(
     found_inf,
     SAVE: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD: tl.constexpr,
     REAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """b <- x where SAVE; x <- b + alpha S g (adaptive: b^2 g), b being the list `origin`."""
+    """b <- x where SAVE; x <- b + alpha S g (adaptive: b^2 g), b being the list `origin`.
+
+    With scales g are codes; with corrections x stand for master weights.
+    """
     tensor, first, length, wide = chunk(chunks)
     x_at = address(pointers, tensor, first, DTYPE)
     g_at = address(pointers, tensor + n, first, GRAD)
     b_at = address(pointers, tensor + origin * n, first, DTYPE)
+    c_index = tensor + 2 * n  # compressed tensors have no backups
+    scales_index = c_index if CORRECTION is None else c_index + n
+    at = (
+        x_at,
+        g_at,
+        b_at,
+        None if CORRECTION is None else address(pointers, c_index, first, CORRECTION),
+        None if SCALE is None else address(pointers, scales_index, first // GROUP, SCALE),
+    )
     step = (real(alpha, alpha_at) * inverse(grad_scale)).to(REAL)
     stop = is_set(found_inf)
-    rule = (step, stop, SAVE, ADAPTIVE)
+    rule = (step, (stop, None, None), SAVE, ADAPTIVE)
     if SAVE:
-        for_each_block(_perturb_block, (x_at, g_at, b_at), rule, length, wide, BLOCK)
+        for_each_block(_perturb_block, at, rule, length, wide, BLOCK)
     else:
         if not stop:  # else x stays unchanged, and nothing has to be read at all
-            for_each_block(_perturb_block, (x_at, g_at, b_at), rule, length, wide, BLOCK)
+            for_each_block(_perturb_block, at, rule, length, wide, BLOCK)
 
 
 def run(table: Table, call: SimpleNamespace) -> None:
     """Launch the kernel: see `eigenfilter.kernels.perturb`."""
     origin = 0 if call.backups is None else 2
-    launch(perturb_kernel, table, call, origin=origin, SAVE=call.save, ADAPTIVE=call.adaptive)
+    launch(
+        perturb_kernel,
+        table,
+        call,
+        origin=origin,
+        SAVE=call.save,
+        ADAPTIVE=call.adaptive,
+        CORRECTION=dtype_of(call.corrections),
+        SCALE=dtype_of(call.momentum_scales),
+    )

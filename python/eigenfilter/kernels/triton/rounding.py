@@ -32,7 +32,7 @@ def noise_of(seed, tensor, first):
 
 
 @triton.jit
-def _dither(value, random, HALF: tl.constexpr):
+def dither(value, random, HALF: tl.constexpr):
     """A float32 value as one of its two neighbors in float16 (HALF) or bfloat16: `arithmetic`'s."""
     CUT: tl.constexpr = 0x1FFF if HALF else 0xFFFF
     LARGEST: tl.constexpr = 0x477FE000 if HALF else 0x7F7F0000
@@ -55,5 +55,5 @@ def rounded(value, noise, OUTPUT: tl.constexpr, like, start, BLOCK: tl.constexpr
         key, first = noise
         own = _mix(key, tl.full((), OUTPUT, tl.uint32))
         index = first + (start + tl.arange(0, BLOCK)).to(tl.uint32)
-        value = _dither(value, _mix(index ^ own, own), like.dtype == tl.float16)
+        value = dither(value, _mix(index ^ own, own), like.dtype == tl.float16)
     return value

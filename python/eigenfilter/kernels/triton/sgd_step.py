@@ -30,7 +30,7 @@ from eigenfilter.kernels.triton.device import (
     load,
     real,
 )
-from eigenfilter.kernels.triton.launch import dtype_of, is_stochastic, launch
+from eigenfilter.kernels.triton.launch import dtype_of, is_stochastic, launch, rounds_by_steps
 from eigenfilter.kernels.triton.rounding import M, noise_of
 
 
@@ -90,6 +90,7 @@ def sgd_step_kernel(
     CORRECTION: tl.constexpr,
     STATE: tl.constexpr,
     SCALE: tl.constexpr,
+    TURNS: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD: tl.constexpr,
     REAL: tl.constexpr,
@@ -127,7 +128,7 @@ def sgd_step_kernel(
         (
             is_set(found_inf),
             noise_of(seed, tensor, first) if STOCHASTIC else None,
-            None if SCALE is None else turn_of(real(step, step_at), first),
+            turn_of(real(step, step_at), first) if TURNS else None,
         ),
         MOMENTA,
         NESTEROV,
@@ -152,4 +153,5 @@ def run(table: Table, call: SimpleNamespace) -> None:
         CORRECTION=dtype_of(call.corrections),
         STATE=dtype_of(call.momenta),
         SCALE=dtype_of(call.momentum_scales),
+        TURNS=rounds_by_steps(call.momenta, call),
     )

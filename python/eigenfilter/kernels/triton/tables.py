@@ -40,7 +40,8 @@ Array = npt.NDArray[np.int64]
 _Key = tuple[object, ...]
 _Value = TypeVar("_Value")
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # as the core numbers them
+# As the core numbers them.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)
 
 
 @dataclass(frozen=True, slots=True)
