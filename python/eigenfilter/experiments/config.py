@@ -92,6 +92,10 @@ def _one_of(choices: tuple[str, ...]) -> Parse:
     return parse
 
 
+def _bits(value: Any) -> int:
+    return int(_one_of(("0", "8", "16"))(str(value)))
+
+
 def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"must be true or false, not {quoted(value)}")
@@ -165,7 +169,7 @@ class Config:
     )
     state_bits: int = _option(
         0,
-        _integer(0, 32),
+        _bits,
         "8 or 16 bits for each number of the optimizer's state, of eigenfilter's optimizers; 0 "
         "keeps the precision of the weights",
     )
@@ -276,8 +280,6 @@ class Config:
                 f"extrapolation applies only to {' and '.join(_EXTRAPOLATED)}, and the optimizer "
                 f"is {self.optimizer}; leave it out, or choose one of them"
             )
-        if self.state_bits not in (0, 8, 16):
-            raise ValueError(f"state_bits must be 0, 8 or 16, not {self.state_bits}")
         if self.state_bits and (self.optimizer.startswith(TORCH) or self.precision == "float64"):
             raise ValueError(
                 f"state_bits compresses eigenfilter's optimizers in float32, and this is "
